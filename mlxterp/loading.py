@@ -1,0 +1,97 @@
+"""Load models with mlx-lm, with errors that say what to do."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+DEMO = Path(__file__).parent / "assets" / "tiny"
+
+_SLOW_ON_CPU = (mx.bfloat16, mx.float16)
+_CONTEXT_LENGTH = (
+    "max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "max_seq_len",
+    "seq_length", "context_length", "max_context_length",
+)  # fmt: skip
+
+
+def load(name: str, tokenizer: Any = None) -> tuple[nn.Module, Any, dict]:
+    """The model, tokenizer and config of a Hub name or local directory.
+
+    Raises `ValueError` where there is no such model, or mlx-lm does not know its architecture.
+    """
+    import mlx_lm
+    from mlx_lm.utils import load_model
+
+    path = Path(name).expanduser()
+    if not path.exists() and _looks_local(name):
+        raise ValueError(f"no model directory at {name!r}: the path does not exist")
+    if path.exists() and not (path / "config.json").exists():
+        raise ValueError(f"no model in {name!r}: the directory has no config.json")
+    tried = []
+    try:
+        model, found, config = mlx_lm.load(str(path) if path.exists() else name, return_config=True)
+        return model, tokenizer or found, config
+    except Exception as error:
+        tried.append(f"mlx_lm.load: {_first_line(error)}")
+        cause = error
+    if path.exists():
+        try:
+            model, config = load_model(path)
+            return model, tokenizer, config
+        except Exception as error:
+            tried.append(f"mlx_lm.utils.load_model (without a tokenizer): {_first_line(error)}")
+    raise ValueError(
+        f"could not load the model {name!r}. Tried:\n  " + "\n  ".join(tried) + "\nGive the name of a "
+        "model on the Hugging Face Hub (see mlx-community), the path of a local directory with "
+        "config.json and model*.safetensors, or a loaded MLX module with its tokenizer"
+    ) from cause
+
+
+def _looks_local(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or not name
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"
+
+
+def cast(model: nn.Module, dtype: mx.Dtype | None, loaded: bool) -> None:
+    """Cast the weights to ``dtype``; None means float32 for half precision just loaded on a CPU."""
+    if dtype is not None:
+        model.set_dtype(dtype)
+    elif loaded and mx.default_device() == mx.Device(mx.cpu):
+        model.set_dtype(mx.float32, lambda current: current in _SLOW_ON_CPU)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """16 hexadecimal digits that tell a model by its arrays' names and shapes and a few weights.
+
+    The same weights have the same fingerprint in bfloat16 as in the float32 they were cast to.
+    """
+    arrays = sorted(tree_flatten(model.parameters()))
+    digest = hashlib.sha256()
+    for name, array in arrays:
+        digest.update(f"{name} {array.shape}\n".encode())
+    for _, array in arrays[:: max(1, len(arrays) // 4)]:
+        head = array.reshape(-1)[:16]
+        if mx.issubdtype(head.dtype, mx.floating):
+            head = head.astype(mx.bfloat16).astype(mx.float32)
+        digest.update(str(head.tolist()).encode())
+    return digest.hexdigest()[:16]
+
+
+def context_length(model: nn.Module, config: dict) -> int | None:
+    """The longest input that the model was made for, where its config says."""
+    arguments = getattr(model, "args", None) or getattr(model, "config", None)
+    sources = [config, config.get("text_config") or {}, getattr(arguments, "__dict__", {})]
+    for source in sources:
+        for key in _CONTEXT_LENGTH:
+            if isinstance(value := source.get(key), int):
+                return value
+    return None

@@ -1,0 +1,306 @@
+"""The model that a user holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from . import analysis, loading, tokenization, tracing
+from .architecture import Architecture
+from .generation import GenerationStream, make_sampler
+from .sites import Site, SiteTable
+from .trace import LayerListProxy, OutputProxy, Trace
+from .tracing import Captured, Edit, Gradients, Spelling, make_plan
+
+Edits = Mapping[Any, "Edit | Sequence[Edit]"]
+
+
+class InterpretableModel:
+    """An MLX language model whose activations can be read, edited and differentiated.
+
+    ``model`` is a name on the Hugging Face Hub, a local directory, or any MLX module. ``layer_attr``
+    is the dotted path of its blocks, and the other paths name modules that are not found by
+    themselves. The wrapped module stays the model it is, in ``.model``.
+
+    Half-precision weights that are loaded on a CPU become float32, because products of bfloat16 are
+    many times slower there; ``dtype`` asks for another type. Raises `ValueError` where no model can be
+    loaded, `AttributeError` where there are no layers at ``layer_attr``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | str,
+        tokenizer: Any = None,
+        layer_attr: str = "layers",
+        embedding_path: str | None = None,
+        norm_path: str | None = None,
+        lm_head_path: str | None = None,
+        *,
+        dtype: mx.Dtype | None = None,
+    ) -> None:
+        loaded = not isinstance(model, nn.Module)
+        self._config: dict = {}
+        self.name = str(model) if loaded else ""
+        if not isinstance(model, nn.Module):
+            model, tokenizer, self._config = loading.load(str(model), tokenizer)
+        loading.cast(model, dtype, loaded)
+        self.model = model
+        self.tokenizer = tokenizer
+        self.architecture = Architecture(model, layer_attr, embedding_path, norm_path, lm_head_path)
+        self.model_type = getattr(model, "model_type", None) or type(model).__name__
+        self.name = self.name or self.model_type
+
+    @classmethod
+    def demo(cls) -> InterpretableModel:
+        """The bundled model: a 6-layer llama of width 128, in float32; no network is needed."""
+        model = cls(str(loading.DEMO), dtype=mx.float32)
+        model.name = "demo"
+        return model
+
+    @property
+    def layers(self) -> LayerListProxy:
+        """The blocks, for use inside a trace: ``model.layers[3].mlp.output.save()``."""
+        return LayerListProxy(self)
+
+    @property
+    def output(self) -> OutputProxy:
+        """What the model returned in the current trace."""
+        return OutputProxy(self, "__model_output__")
+
+    @property
+    def n_layers(self) -> int:
+        """The number of blocks."""
+        return len(self.architecture.blocks)
+
+    @property
+    def d_model(self) -> int:
+        """The width of the residual stream."""
+        return self.architecture.d_model
+
+    @property
+    def vocab_size(self) -> int | None:
+        """The number of rows of the embedding, which token ids must stay below."""
+        rows = self.architecture.vocab_size
+        return getattr(self.tokenizer, "vocab_size", None) if rows is None else rows
+
+    @property
+    def context_length(self) -> int | None:
+        """The longest input in tokens that the model was made for; None where it does not say."""
+        return loading.context_length(self.model, self._config)
+
+    @property
+    def special_token_ids(self) -> frozenset[int]:
+        """Ids of tokens that stand for no text; empty without a tokenizer."""
+        return tokenization.special_ids(self.tokenizer)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits by which another session can tell that it has the same weights."""
+        return loading.fingerprint(self.model)
+
+    def site(self, layer: int | str | Site, component: str | None = None) -> Site:
+        """The site that a layer and component, or any spelling such as ``h.3.attn``, mean."""
+        return self.architecture.site(layer, component)
+
+    def width(self, site: int | Spelling) -> int:
+        """The last dimension of the activation at ``site``."""
+        return self.architecture.width(self.site(site))
+
+    def sites(self) -> SiteTable:
+        """Every site of the model with its shape; nothing is computed to find them."""
+        title = f"Sites of {self.name}: {self.n_layers} layers"
+        return self.architecture.sites(title)
+
+    def tokens(self, inputs: Any) -> tuple[mx.array, mx.array | None]:
+        """Text, ids or an array as ``tokens [B, S]`` and ``mask [B, S]``, True at real tokens."""
+        bound = self._token_bound(inputs)
+        pad_id = getattr(self.tokenizer, "pad_token_id", None)
+        usable = isinstance(pad_id, int) and 0 <= pad_id < (bound or 0)
+        return tokenization.to_tokens(inputs, self.tokenizer, bound, pad_id if usable else 0)
+
+    def _token_bound(self, inputs: Any) -> int | None:
+        if isinstance(inputs, mx.array) and not mx.issubdtype(inputs.dtype, mx.integer):
+            self.architecture.survey(inputs if inputs.ndim > 1 else inputs[None])
+            return None
+        return self.architecture.vocab_size
+
+    def run(
+        self,
+        tokens: Any,
+        *,
+        capture: Spelling | Iterable[Spelling] = (),
+        edit: Edits | None = None,
+        stop: bool = False,
+        **kwargs: Any,
+    ) -> Captured:
+        """One forward pass that holds the ``capture`` sites and passes others through ``edit``.
+
+        ``tokens`` is text, a list of texts, token ids (one list or several, of unequal length too) or
+        an array ``[S]`` or ``[B, S]``. An edit is ``fn(x)`` or ``fn(x, context)`` and returns the shape
+        of ``x [B, S, ...]``; a list of them is applied in order. With ``stop=True`` the pass ends after
+        the last captured site. Other arguments go to the model. Works inside `mx.compile` and
+        `mx.grad`, where captured arrays must be returned. Raises `ValueError` for unknown sites, empty
+        input, and token ids beyond the embedding.
+        """
+        ids, mask = self.tokens(tokens)
+        plan = make_plan(self.architecture, capture, edit)
+        return tracing.run(self.architecture, ids, plan, mask=mask, stop=stop, **kwargs)
+
+    def gradients(
+        self,
+        tokens: Any,
+        sites: Spelling | Iterable[Spelling],
+        metric: Callable[..., mx.array],
+        *,
+        edit: Edits | None = None,
+        **kwargs: Any,
+    ) -> Gradients:
+        """``metric(logits)``, or ``metric(logits, captured)``, and its derivative by every site.
+
+        The result has ``value``, ``activations`` and ``gradients``, the last two by site ``[B, S, ...]``.
+        """
+        ids, mask = self.tokens(tokens)
+        plan = make_plan(self.architecture, sites, edit)
+        return tracing.gradients(self.architecture, ids, plan, metric, mask=mask, **kwargs)
+
+    def unembed(self, hidden: mx.array) -> mx.array:
+        """The logits ``[..., vocab]`` of ``hidden [..., d_model]``, by the model's own last norm and head.
+
+        ``hidden`` takes the place of the last block's output, so that scales and soft-caps apply too.
+        """
+        last = Site(self.n_layers - 1, "resid_post")
+        if len(self.sites()[last].shape) != 3:
+            raise ValueError(f"{self.name} keeps several streams: one cannot be unembedded alone")
+        if hidden.shape[-1] != self.d_model:
+            raise ValueError(f"hidden must have width {self.d_model}, not {hidden.shape[-1]}")
+        rows = hidden.reshape(-1, 1, self.d_model)
+        tokens = mx.zeros((rows.shape[0], 1), dtype=mx.int32)
+        plan = make_plan(self.architecture, (), {last: lambda _: rows})
+        logits = tracing.run(self.architecture, tokens, plan).output
+        return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
+
+    def trace(
+        self,
+        inputs: Any,
+        interventions: Edits | None = None,
+        *,
+        capture: Spelling | Iterable[Spelling] | None = None,
+        stop: bool = False,
+        **kwargs: Any,
+    ) -> Trace:
+        """A pass for notebooks: ``with model.trace("text") as trace: h = model.layers[3].output.save()``.
+
+        Every activation can be read in the body, or only those of ``capture``, which takes far less
+        memory. Interventions are edits as in `run`.
+        """
+        return Trace(self, inputs, interventions, capture=capture, stop=stop, **kwargs)
+
+    def stream(
+        self,
+        prompt: Any,
+        *,
+        max_tokens: int = 100,
+        edit: Edits | None = None,
+        capture: Spelling | Iterable[Spelling] = (),
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        seed: int = 0,
+        **kwargs: Any,
+    ) -> GenerationStream:
+        """The pieces of a generation, one by one; the arguments are those of `generate`."""
+        if self.tokenizer is None:
+            raise ValueError(tokenization.NO_TOKENIZER)
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, not {max_tokens}")
+        ids, _ = self.tokens(prompt)
+        if ids.shape[0] != 1:
+            raise ValueError(f"generate takes one prompt, not {ids.shape[0]}")
+        plan = make_plan(self.architecture, capture, edit)
+        sampler = make_sampler(temperature, top_p, top_k, min_p, seed)
+        return GenerationStream(self.architecture, plan, ids[0], self.tokenizer,
+                                max_tokens=max_tokens, sampler=sampler, **kwargs)  # fmt: skip
+
+    def generate(self, prompt: Any, *, stream: bool = False, **kwargs: Any) -> Any:
+        """Continue ``prompt`` (text or token ids) by up to ``max_tokens``, with edits and captures.
+
+        ``edit`` and ``capture`` are those of `run`; the positions that edits are told count from the
+        start of the prompt. Greedy at ``temperature`` 0, else sampled from ``seed`` with ``top_p``,
+        ``top_k`` and ``min_p``. Other arguments go to mlx-lm. Returns a `Generation`, or with
+        ``stream=True`` its pieces one by one.
+        """
+        pieces = self.stream(prompt, **kwargs)
+        if stream:
+            return pieces
+        for _ in pieces:
+            pass
+        return pieces.result()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def parameters(self) -> dict:
+        """The parameters of the wrapped model."""
+        return self.model.parameters()
+
+    def trainable_parameters(self) -> dict:
+        """The parameters of the wrapped model that are not frozen."""
+        return self.model.trainable_parameters()
+
+    def named_modules(self) -> list[tuple[str, nn.Module]]:
+        """The modules of the wrapped model with their dotted paths, the model itself first."""
+        return self.model.named_modules()
+
+    def get_token_predictions(
+        self,
+        hidden_state: mx.array,
+        top_k: int = 10,
+        return_scores: bool = False,
+        embedding_layer: nn.Module | None = None,
+        lm_head: nn.Module | None = None,
+    ) -> list:
+        """The likeliest tokens of a hidden state, see `mlxterp.analysis.get_token_predictions`."""
+        return analysis.get_token_predictions(
+            self, hidden_state, top_k, return_scores, embedding_layer, lm_head
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of ``text``, with the special tokens that the tokenizer adds."""
+        return tokenization.encode(self.tokenizer, text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The token ids of each text, not padded."""
+        return [self.encode(text) for text in texts]
+
+    def decode(self, tokens: Sequence[int] | mx.array) -> str:
+        """The text of token ids."""
+        return tokenization.decode(self.tokenizer, tokens)
+
+    def token_to_str(self, token_id: int) -> str:
+        """The text of one token."""
+        return tokenization.decode(self.tokenizer, [token_id])
+
+    def to_str_tokens(
+        self, input: str | Sequence[int] | mx.array, prepend_bos: bool = False
+    ) -> list[str]:
+        """Each token of a text or of token ids as text; of a batch, the first row.
+
+        ``prepend_bos`` puts the first token of a document before a text that lacks it.
+        """
+        if isinstance(input, str):
+            input = self.encode(input)
+            bos = getattr(self.tokenizer, "bos_token_id", None)
+            if prepend_bos and bos is not None and input[0] != bos:
+                input = [bos, *input]
+        return tokenization.pieces(self.tokenizer, input)
+
+    def __repr__(self) -> str:
+        tokenizer = "✓" if self.tokenizer is not None else "✗"
+        return (
+            f"InterpretableModel(\n  model={self.name},\n  layers={self.n_layers},\n"
+            f"  tokenizer={tokenizer}\n)"
+        )

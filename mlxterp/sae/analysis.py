@@ -1,0 +1,262 @@
+"""What features respond to and what they do: top features, top examples, logit effects."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from mlxterp.sae.coder import SparseCoder
+from mlxterp.sae.dataset import ActivationDataset
+from mlxterp.sae.harvest import ActivationSource, rows_per_forward
+
+
+@dataclass(frozen=True)
+class FeatureActivation:
+    """A feature, its largest value in a text, and the token where it has it."""
+
+    feature_id: int
+    value: float
+    position: int
+    token: str
+
+    def __repr__(self) -> str:
+        return f"feature {self.feature_id}: {self.value:.3f} at {self.position} {self.token!r}"
+
+
+@dataclass(frozen=True)
+class TextAnalysis:
+    """The features that are active in a text.
+
+    `tokens` are its pieces; `by_token` holds, for each of them, up to `top_k` pairs `(feature_id,
+    value)`, largest first, and nothing for special tokens; `top` the features with the largest
+    values anywhere in the text.
+    """
+
+    tokens: tuple[str, ...]
+    by_token: tuple[tuple[tuple[int, float], ...], ...]
+    top: tuple[FeatureActivation, ...]
+
+    def __repr__(self) -> str:
+        lines = ["token                features (value)"]
+        for token, features in zip(self.tokens, self.by_token, strict=True):
+            listed = "  ".join(f"{i} ({value:.2f})" for i, value in features[:5])
+            lines.append(f"{token!r:<20} {listed}")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict:
+        """Everything, as plain values."""
+        return {
+            "tokens": list(self.tokens),
+            "by_token": [[list(pair) for pair in features] for features in self.by_token],
+            "top": [vars(feature) for feature in self.top],
+        }
+
+
+@dataclass(frozen=True)
+class Example:
+    """A stretch of text around a position where a feature is active.
+
+    `values` holds the feature's value on each of `tokens`; `peak` is the index among them of the
+    position that the example is about.
+    """
+
+    tokens: tuple[str, ...]
+    values: tuple[float, ...]
+    peak: int
+
+    @property
+    def value(self) -> float:
+        """The feature's value at the peak."""
+        return self.values[self.peak]
+
+    @property
+    def token(self) -> str:
+        """The token at the peak."""
+        return self.tokens[self.peak]
+
+    def __repr__(self) -> str:
+        marked = (f"«{t}»" if i == self.peak else t for i, t in enumerate(self.tokens))
+        return f"{self.value:6.2f}  {''.join(marked)!r}"
+
+
+@dataclass(frozen=True)
+class LogitEffects:
+    """The tokens that a feature's decoder row makes most and least likely, with their logits."""
+
+    top: tuple[tuple[str, float], ...]
+    bottom: tuple[tuple[str, float], ...]
+
+
+def check_feature(coder: SparseCoder, feature_id: int) -> int:
+    """The id itself; raises `ValueError` where the coder has no such feature."""
+    if not 0 <= feature_id < coder.n_features:
+        raise ValueError(f"feature_id must be in [0, {coder.n_features - 1}], got {feature_id}.")
+    return int(feature_id)
+
+
+def encode_text(
+    coder: SparseCoder, source: ActivationSource, text: str
+) -> tuple[list[str], mx.array]:
+    """The pieces of a text and their codes `[n_tokens, n_features]`, zero at special tokens.
+
+    Raises `ValueError` for an empty text.
+    """
+    if not text:
+        raise ValueError("text must not be empty.")
+    (ids,) = source.encode_batch([text])
+    captured = source.run(mx.array([ids]), capture=coder.reads.names, stop=True)
+    codes = coder.encode({name: captured[name][0] for name in coder.reads.names})
+    counts = mx.array([i not in source.special_token_ids for i in ids])
+    return source.to_str_tokens(ids), codes * counts[:, None]
+
+
+def analyze_text(
+    coder: SparseCoder, source: ActivationSource, text: str, top_k: int = 10
+) -> TextAnalysis:
+    """Which features are active where in a text, the `top_k` largest of each token and of all."""
+    tokens, codes = encode_text(coder, source, text)
+    values = np.array(codes)
+    order = np.argsort(-values, axis=1)[:, :top_k]
+    by_token = tuple(
+        tuple((int(i), float(row[i])) for i in ids if row[i] != 0)
+        for row, ids in zip(values, order, strict=True)
+    )
+    peaks = values.max(axis=0)
+    ranked = [int(i) for i in np.argsort(-peaks)[:top_k] if peaks[i] > 0]
+    positions = values.argmax(axis=0)
+    top = tuple(
+        FeatureActivation(i, float(peaks[i]), int(positions[i]), tokens[positions[i]])
+        for i in ranked
+    )
+    return TextAnalysis(tuple(tokens), by_token, top)
+
+
+class FeatureExamples:
+    """The positions of a dataset where each feature of a coder is most active.
+
+    `values` and `positions` are `[n_features, n]`, largest first and at most one of each context;
+    `positions` index the flattened token rows, and count only where the value is above zero.
+    """
+
+    def __init__(
+        self,
+        coder: SparseCoder,
+        dataset: ActivationDataset,
+        values: np.ndarray,
+        positions: np.ndarray,
+    ):
+        self._coder, self._dataset = coder, dataset
+        self.values, self.positions = values, positions
+
+    def of(self, feature_id: int, window: int = 12) -> tuple[Example, ...]:
+        """The examples of one feature, with up to `window` tokens before and half of it after."""
+        feature_id = check_feature(self._coder, feature_id)
+        found = self.values[feature_id] > 0
+        return tuple(
+            self._example(feature_id, int(position), window)
+            for position in self.positions[feature_id][found]
+        )
+
+    def clearest(self, n: int = 5) -> list[int]:
+        """Features that are easy to name: their strongest examples peak on one and the same word.
+
+        Ranked by the share of the commonest word among the peaks, then by the size of the peaks; no
+        two of the features share their word.
+        """
+        source = self._dataset.source
+        assert source is not None
+        tokens = _corpus(self._dataset).rows[0].reshape(-1)
+        ranked = []
+        for feature_id in np.flatnonzero((self.values > 0).all(axis=1)).tolist():
+            peaks = source.to_str_tokens(tokens[self.positions[feature_id]].tolist())
+            (word, count), *_ = Counter(peak.strip().lower() for peak in peaks).most_common(1)
+            if word.isalpha():
+                ranked.append((count, float(self.values[feature_id].mean()), word, feature_id))
+        chosen: dict[str, int] = {}
+        for _, _, word, feature_id in sorted(ranked, reverse=True):
+            chosen.setdefault(word, feature_id)
+        return list(chosen.values())[:n]
+
+    def _example(self, feature_id: int, position: int, window: int) -> Example:
+        source, columns = self._dataset.source, self._coder.reads
+        assert source is not None
+        tokens, documents = _corpus(self._dataset).rows
+        row, column = divmod(position, tokens.shape[1])
+        owner = documents[row, column]
+        start, end = max(0, column - window), min(tokens.shape[1], column + window // 2 + 1)
+        shown = [i for i in range(start, end) if documents[row, i] == owner]
+        captured = source.run(
+            mx.array(tokens[row : row + 1, :end]), capture=columns.names, stop=True
+        )
+        codes = self._coder.encode({name: captured[name][0] for name in columns.names})
+        values = codes[:, feature_id].tolist()
+        pieces = source.to_str_tokens(tokens[row, shown].tolist())
+        return Example(tuple(pieces), tuple(values[i] for i in shown), shown.index(column))
+
+
+def _corpus(dataset: ActivationDataset):
+    if dataset.corpus is None or dataset.source is None:
+        raise ValueError("Examples need a dataset made from texts with a language model.")
+    return dataset.corpus
+
+
+def collect_examples(
+    coder: SparseCoder, dataset: ActivationDataset, n: int = 10, max_tokens: int = 200_000
+) -> FeatureExamples:
+    """The `n` strongest examples of every feature, found in one pass over up to `max_tokens`.
+
+    Raises `ValueError` for a dataset without texts.
+    """
+    tokens, documents = _corpus(dataset).rows
+    source = dataset.source
+    assert source is not None
+    step = rows_per_forward(tokens.shape[1])
+    values = mx.zeros((n, coder.n_features))
+    rows = mx.zeros((n, coder.n_features), mx.int32)
+    columns = mx.zeros((n, coder.n_features), mx.int32)
+    for start in range(0, min(len(tokens), -(-max_tokens // tokens.shape[1])), step):
+        counts = mx.array(documents[start : start + step] >= 0)
+        captured = source.run(
+            mx.array(tokens[start : start + step]), capture=coder.reads.names, stop=True
+        )
+        codes = coder.encode({name: captured[name] for name in coder.reads.names})
+        codes = mx.where(counts[..., None], codes, 0)
+        # Only the peak of each context competes, so that examples come from different contexts.
+        peaks, where = codes.max(axis=1), codes.argmax(axis=1).astype(mx.int32)
+        numbers = mx.broadcast_to((mx.arange(len(peaks)) + start)[:, None], peaks.shape)
+        values = mx.concatenate([values, peaks])
+        rows = mx.concatenate([rows, numbers.astype(mx.int32)])
+        columns = mx.concatenate([columns, where])
+        best = mx.argpartition(-values, n - 1, axis=0)[:n]
+        values, rows, columns = (
+            mx.take_along_axis(array, best, axis=0) for array in (values, rows, columns)
+        )
+        mx.eval(values, rows, columns)
+    order = mx.argsort(-values, axis=0)
+    values, rows, columns = (
+        np.array(mx.take_along_axis(array, order, axis=0)).T for array in (values, rows, columns)
+    )
+    return FeatureExamples(
+        coder, dataset, values, rows.astype(np.int64) * tokens.shape[1] + columns
+    )
+
+
+def logit_effects(
+    coder: SparseCoder, source: ActivationSource, feature_id: int, top_k: int = 10
+) -> LogitEffects:
+    """The tokens that a feature's decoder row promotes and suppresses most.
+
+    The row is read by the model's own final norm and head as if it were the residual stream.
+    Raises `ValueError` where it does not have the width of the stream.
+    """
+    row = coder.W_dec[check_feature(coder, feature_id)]
+    logits = np.array(source.unembed(row[None])[0].astype(mx.float32))
+    order = np.argsort(logits)
+    named = [
+        tuple((source.to_str_tokens([int(i)])[0], float(logits[i])) for i in ids)
+        for ids in (order[::-1][:top_k], order[:top_k])
+    ]
+    return LogitEffects(*named)

@@ -1,0 +1,259 @@
+"""What a user holds: a coder that knows its origin, with the library's functions as methods."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+import mlx.core as mx
+import numpy as np
+
+from mlxterp.sae import analysis, evals, steering, visualization
+from mlxterp.sae.coder import Columns, SparseCoder
+from mlxterp.sae.dataset import ActivationDataset
+from mlxterp.sae.files import write_directory
+from mlxterp.sae.harvest import ActivationSource
+
+FORMAT_VERSION = 1
+CONFIG_FILE = "config.json"
+ARRAYS = {
+    "encoder.safetensors": ("W_enc",),
+    "decoder.safetensors": ("W_dec", "b_dec"),
+    "encoder_bias.safetensors": ("b_enc",),
+}
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """Where a coder comes from: plain values, saved with it as `metadata.json`."""
+
+    model: dict[str, Any] = field(default_factory=dict)
+    """`name`, `fingerprint`, `n_layers` and `d_model` of the language model."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """Number of tokens and documents, and the context length, of training and validation."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """The training configuration."""
+    library_version: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, as plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Metadata:
+        """The inverse of `to_dict`; names that are not fields are left out."""
+        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What training measured, saved as `statistics.json`.
+
+    `training` and `validation` are the reports in order; `firing_rates` `[n_features]` is the share
+    of tokens on which each feature fired at the end of training, empty where it is not known.
+    """
+
+    training: tuple[dict[str, Any], ...] = ()
+    validation: tuple[dict[str, Any], ...] = ()
+    firing_rates: np.ndarray = field(default_factory=lambda: np.zeros(0))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Reports, rates to six digits, and the ids of the features with rate zero."""
+        return {
+            "training": list(self.training),
+            "validation": list(self.validation),
+            "firing_rates": [float(f"{rate:.6g}") for rate in self.firing_rates],
+            "dead_features": np.flatnonzero(self.firing_rates == 0).tolist(),
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Statistics:
+        """The inverse of `to_dict`."""
+        rates = np.array(values.get("firing_rates", []), dtype=np.float64)
+        return cls(tuple(values.get("training", ())), tuple(values.get("validation", ())), rates)
+
+
+@dataclass(frozen=True)
+class Compatibility:
+    """Whether a coder fits a model and a site: true or false, and why not."""
+
+    reasons: tuple[str, ...]
+
+    def __bool__(self) -> bool:
+        return not self.reasons
+
+    def __repr__(self) -> str:
+        return "compatible" if self else "not compatible: " + "; ".join(self.reasons)
+
+
+class BaseSAE(SparseCoder):
+    """A trained coder with its origin, and the library's functions on it as methods."""
+
+    kind: ClassVar[str]
+
+    def __init__(self, reads: Columns, writes: Columns, n_features: int, **options: Any):
+        super().__init__(reads, writes, n_features, **options)
+        self.metadata = Metadata()
+        self.statistics = Statistics()
+        self._source: ActivationSource | None = None
+        self._training_data: ActivationDataset | None = None
+        self._held_out: ActivationDataset | None = None
+        self._examples: analysis.FeatureExamples | None = None
+
+    def bind(
+        self,
+        model: ActivationSource,
+        training: ActivationDataset | None = None,
+        held_out: ActivationDataset | None = None,
+    ) -> None:
+        """Remember the model, and the data of this session, for calls that name none."""
+        self._source, self._training_data, self._held_out = model, training, held_out
+        self._examples = None
+
+    def _model(self, model: ActivationSource | None) -> ActivationSource:
+        source = self._source if model is None else model
+        if source is None:
+            raise ValueError(
+                "This coder does not know its language model: pass model=..., or load the coder "
+                "with model.load_sae(path)."
+            )
+        return source
+
+    def analyze_text(
+        self, text: str, *, model: ActivationSource | None = None, top_k: int = 10
+    ) -> analysis.TextAnalysis:
+        """Which features are active on which token; see `analysis.analyze_text`."""
+        return analysis.analyze_text(self, self._model(model), text, top_k)
+
+    def find_top_features(
+        self, text: str, *, model: ActivationSource | None = None, top_k: int = 10
+    ) -> list[analysis.FeatureActivation]:
+        """The features with the largest values anywhere in a text, largest first."""
+        return list(self.analyze_text(text, model=model, top_k=top_k).top)
+
+    def visualize_feature(
+        self,
+        feature_id: int,
+        *,
+        model: ActivationSource | None = None,
+        dataset: Iterable[str] | ActivationDataset | None = None,
+        top_k: int = 10,
+    ) -> visualization.FeatureView:
+        """The feature's strongest examples in a dataset and the tokens that it promotes.
+
+        Without a `dataset` the training data serves, where the coder was trained in this session;
+        otherwise a `ValueError` asks for one.
+        """
+        source = self._model(model)
+        examples = self.top_examples(model=source, dataset=dataset, n=top_k)
+        rates = self.statistics.firing_rates
+        rate = float(rates[feature_id]) if 0 <= feature_id < len(rates) else None
+        return visualization.view_feature(self, source, examples, feature_id, rate)
+
+    def top_examples(
+        self,
+        *,
+        model: ActivationSource | None = None,
+        dataset: Iterable[str] | ActivationDataset | None = None,
+        n: int = 10,
+    ) -> analysis.FeatureExamples:
+        """The `n` strongest examples of every feature; see `analysis.collect_examples`."""
+        remembered = self._examples
+        if dataset is None and remembered is not None and remembered.values.shape[1] == n:
+            return remembered
+        data = self._as_dataset(model, dataset, self._training_data)
+        examples = analysis.collect_examples(self, data, n)
+        if dataset is None:
+            self._examples = examples
+        return examples
+
+    def evaluate(
+        self,
+        *,
+        model: ActivationSource | None = None,
+        dataset: Iterable[str] | ActivationDataset | None = None,
+    ) -> tuple[evals.Fidelity, evals.LossRecovered]:
+        """FVU, L0 and firing rates, and the language model's loss with the coder spliced in.
+
+        Without a `dataset` the data held out in training serve, in the session of the training.
+        """
+        data = self._as_dataset(model, dataset, self._held_out)
+        return evals.fidelity(self, data), evals.loss_recovered(self, data)
+
+    def _as_dataset(
+        self,
+        model: ActivationSource | None,
+        dataset: Iterable[str] | ActivationDataset | None,
+        remembered: ActivationDataset | None,
+    ) -> ActivationDataset:
+        if isinstance(dataset, ActivationDataset):
+            return dataset
+        if dataset is not None:
+            return ActivationDataset.from_texts(self._model(model), dataset, list(self.reads.names))
+        if remembered is None:
+            raise ValueError("This coder remembers no data: pass dataset=, a list of texts.")
+        return remembered
+
+    def steer(self, activation: mx.array, feature_id: int, strength: float = 1.0) -> mx.array:
+        """The activation with a feature added; see `steering.steer`."""
+        return steering.steer(self, activation, feature_id, strength)
+
+    def steering_edit(self, feature_id: int, strength: float = 1.0) -> dict[str, steering.Edit]:
+        """An edit that adds a feature at every token: `model.generate(..., edit=...)`."""
+        return steering.steering_edit(self, feature_id, strength)
+
+    def is_compatible(
+        self, model: ActivationSource, layer: Any = None, component: str | None = None
+    ) -> Compatibility:
+        """Whether the coder fits the model, and the site if one is named; false says why."""
+        reasons = []
+        for name, width in zip(self.reads.names, self.reads.widths, strict=True):
+            try:
+                found = model.width(name)
+            except ValueError as error:
+                reasons.append(str(error))
+            else:
+                if found != width:
+                    reasons.append(f"{name} has width {found} in the model, {width} in the coder")
+        trained_on = self.metadata.model.get("fingerprint")
+        if trained_on is not None and trained_on != model.fingerprint:
+            reasons.append(f"it was trained on other weights ({self.metadata.model.get('name')})")
+        if layer is not None:
+            site = str(model.site(layer, component or "mlp"))
+            if site not in self.reads.names:
+                reasons.append(f"it reads {', '.join(self.reads.names)}, not {site}")
+        return Compatibility(tuple(reasons))
+
+    def to_config(self) -> dict[str, Any]:
+        """Everything that rebuilds the coder but its arrays, as saved in `config.json`."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "kind": self.kind,
+            "reads": self.reads.to_list(),
+            "writes": self.writes.to_list(),
+            "n_features": self.n_features,
+            "activation_function": {"activation_function": self.activation_name, "k": self.k},
+        }
+
+    def save(self, path: str | Path) -> Path:
+        """Write the coder as a directory (by custom named `*.mlx`) and return its path.
+
+        An older coder there is replaced whole; raises `ValueError` where something else is there.
+        """
+        contents: dict[str, Any] = {
+            CONFIG_FILE: self.to_config(),
+            "statistics.json": self.statistics.to_dict(),
+            "metadata.json": self.metadata.to_dict(),
+        }
+        for file, names in ARRAYS.items():
+            contents[file] = {name: self[name] for name in names}
+        return write_directory(path, contents, marker=CONFIG_FILE)
+
+    def __repr__(self) -> str:
+        sites = ", ".join(self.reads.names)
+        return (
+            f"{type(self).__name__}({sites}, d_in={self.d_in}, n_features={self.n_features}, "
+            f"{self.activation_name}, k={self.k})"
+        )

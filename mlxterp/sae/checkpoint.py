@@ -1,0 +1,71 @@
+"""Reading coders from disk; `BaseSAE.save` writes them.
+
+config.json                everything that rebuilds the coder
+encoder.safetensors        W_enc
+decoder.safetensors        W_dec, b_dec
+encoder_bias.safetensors   b_enc
+statistics.json            reports, firing rates, dead features
+metadata.json              model, data, training configuration, library version
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mlxterp.sae.base import ARRAYS, CONFIG_FILE, FORMAT_VERSION, BaseSAE, Metadata, Statistics
+from mlxterp.sae.coder import Columns
+from mlxterp.sae.files import read_arrays, read_json
+from mlxterp.sae.sae import SAE
+
+KINDS: dict[str, type[BaseSAE]] = {SAE.kind: SAE}
+
+
+def load_sae(path: str | Path) -> BaseSAE:
+    """The coder saved at a path, of the class that it was saved from.
+
+    Raises `FileNotFoundError` where there is nothing, and `ValueError`, naming file and key, for a
+    file that is missing, cut short, of another version, or of other shapes than the
+    configuration says. Nothing is returned half-loaded.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"There is no saved coder at {path}.")
+    config = read_json(path / CONFIG_FILE, ("format_version",))
+    version = config["format_version"]
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{path / CONFIG_FILE} has format_version {version!r}; this release of mlxterp reads "
+            f"{FORMAT_VERSION}."
+        )
+    coder = _empty_coder(path / CONFIG_FILE)
+    metadata = Metadata.from_dict(read_json(path / "metadata.json"))
+    statistics = Statistics.from_dict(read_json(path / "statistics.json"))
+    for file, names in ARRAYS.items():
+        shapes = {name: tuple(coder[name].shape) for name in names}
+        for name, array in read_arrays(path / file, shapes).items():
+            coder[name] = array
+    coder.metadata, coder.statistics = metadata, statistics
+    return coder
+
+
+def _empty_coder(file: Path) -> BaseSAE:
+    config = read_json(file, ("kind", "reads", "writes", "n_features", "activation_function"))
+    if config["kind"] not in KINDS:
+        raise ValueError(f"{file}: 'kind' must be one of {sorted(KINDS)}, got {config['kind']!r}.")
+    try:
+        return KINDS[config["kind"]](
+            _columns(config["reads"]),
+            _columns(config["writes"]),
+            int(config["n_features"]),
+            **config["activation_function"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} does not describe a coder: {error}") from None
+
+
+def _columns(sites: list[dict[str, Any]]) -> Columns:
+    widths = tuple(int(site["width"]) for site in sites)
+    if not widths or min(widths) < 1:
+        raise ValueError(f"widths must be >= 1, got {list(widths)}")
+    return Columns(tuple(str(site["site"]) for site in sites), widths)

@@ -1,0 +1,179 @@
+"""From text to activations: packed contexts through a language model, stopped at the last site."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import mlx.core as mx
+import numpy as np
+
+from mlxterp.sae.coder import Columns
+from mlxterp.tokenization import pack
+
+TOKENS_PER_FORWARD = 4096
+TEXTS_PER_CALL = 256
+
+
+class ActivationSource(Protocol):
+    """All that `mlxterp.sae` needs to know of a language model."""
+
+    name: str
+    special_token_ids: frozenset[int]
+
+    @property
+    def context_length(self) -> int | None: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+
+    def to_str_tokens(self, input: Any) -> list[str]: ...
+
+    def site(self, layer: Any, component: str | None = None) -> Any: ...
+
+    def width(self, site: Any) -> int: ...
+
+    def run(
+        self, tokens: Any, *, capture: Any = (), edit: Any = None, stop: bool = False
+    ) -> Any: ...
+
+    def unembed(self, hidden: mx.array) -> mx.array: ...
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Tokenised documents, packed into contexts of equal length.
+
+    `documents` are token ids `[n]` each, without the special tokens at their ends; those within are
+    read by the model but reach no dataset and no statistic.
+    """
+
+    documents: tuple[np.ndarray, ...]
+    context: int
+    bos_id: int | None
+    special: frozenset[int]
+
+    @classmethod
+    def from_texts(
+        cls, source: ActivationSource, texts: Iterable[str], context: int, max_tokens: int | None
+    ) -> Corpus:
+        """Tokenise texts, reading no more of them than `max_tokens` need.
+
+        Raises `ValueError` where there is no text, or none with a token.
+        """
+        documents, bos, total = [], None, 0
+        for chunk in _chunks(texts):
+            for ids in source.encode_batch(chunk):
+                if ids and ids[0] in source.special_token_ids:
+                    bos = ids[0]
+                body = _without_special_ends(ids, source.special_token_ids)
+                room = len(body) if max_tokens is None else max_tokens - total
+                if len(body[:room]):
+                    documents.append(np.array(body[:room], dtype=np.int32))
+                    total += len(body[:room])
+            if max_tokens is not None and total >= max_tokens:
+                break
+        if not documents:
+            raise ValueError("The dataset is empty: it must hold at least one text with a token.")
+        return cls(tuple(documents), context, bos, source.special_token_ids)
+
+    @cached_property
+    def rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids `[n_rows, context]` and each position's document, -1 where none counts."""
+        packed = list(pack(self.documents, self.context, bos_id=self.bos_id))
+        tokens = np.stack([tokens for tokens, _ in packed])
+        owners = np.stack([owners for _, owners in packed])
+        special = np.isin(tokens, list(self.special))
+        return tokens, np.where(special, -1, owners)
+
+    @property
+    def n_tokens(self) -> int:
+        """Positions that count."""
+        return int((self.rows[1] >= 0).sum())
+
+    def split(self, share: float, seed: int) -> tuple[Corpus, Corpus]:
+        """Two corpora of which the second holds about `share` of the tokens, in whole documents.
+
+        A single document is cut in two.
+        """
+        if len(self.documents) == 1:
+            (document,) = self.documents
+            cut = min(max(1, round(len(document) * (1 - share))), len(document) - 1)
+            return self._of([document[:cut]]), self._of([document[cut:]])
+        held_out = self._draw(share, np.random.default_rng(seed))
+        return (
+            self._of(d for i, d in enumerate(self.documents) if i not in held_out),
+            self._of(d for i, d in enumerate(self.documents) if i in held_out),
+        )
+
+    def _draw(self, share: float, rng: np.random.Generator) -> set[int]:
+        """Random documents with about the share of tokens; those too large for it are left."""
+        lengths = [len(document) for document in self.documents]
+        wanted, size = share * sum(lengths), 0
+        drawn: set[int] = set()
+        for i in rng.permutation(len(lengths)).tolist():
+            if size + lengths[i] <= 1.1 * wanted and len(drawn) < len(lengths) - 1:
+                drawn.add(i)
+                size += lengths[i]
+        return drawn or {int(np.argmin(lengths))}
+
+    def _of(self, documents: Iterable[np.ndarray]) -> Corpus:
+        return Corpus(tuple(documents), self.context, self.bos_id, self.special)
+
+
+def _without_special_ends(ids: list[int], special: frozenset[int]) -> list[int]:
+    start, end = 0, len(ids)
+    while start < end and ids[start] in special:
+        start += 1
+    while end > start and ids[end - 1] in special:
+        end -= 1
+    return ids[start:end]
+
+
+def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
+    if isinstance(texts, str):
+        raise ValueError("dataset must be a list of texts, got one string; put it in a list.")
+    chunk = []
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"dataset must hold strings; item {i} is {type(text).__name__}.")
+        chunk.append(text)
+        if len(chunk) == TEXTS_PER_CALL:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def rows_per_forward(context: int) -> int:
+    """How many contexts go through the model at once."""
+    return max(1, TOKENS_PER_FORWARD // context)
+
+
+def harvest(
+    source: ActivationSource, corpus: Corpus, columns: Columns, order: np.ndarray
+) -> Iterator[tuple[mx.array, np.ndarray]]:
+    """Activations `[n, width]` of the positions that count, and their documents `[n]`.
+
+    `order` says which contexts, one after another. Positions whose activation is not finite are
+    left out.
+    """
+    tokens, documents = corpus.rows
+    step = rows_per_forward(corpus.context)
+    for start in range(0, len(order), step):
+        picked = order[start : start + step]
+        captured = source.run(mx.array(tokens[picked]), capture=columns.names, stop=True)
+        owners = documents[picked].reshape(-1)
+        positions = np.flatnonzero(owners >= 0)
+        joined = columns.join({name: captured[name] for name in columns.names})
+        activations = joined.reshape(-1, columns.width)[mx.array(positions)]
+        finite = np.array(mx.isfinite(activations).all(axis=-1))
+        if not finite.all():
+            positions = positions[finite]
+            activations = activations[mx.array(np.flatnonzero(finite))]
+        if len(positions):
+            yield activations, owners[positions]
