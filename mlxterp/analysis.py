@@ -5,27 +5,43 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
-from .sites import Site
+from mlxterp.architecture import Architecture
+from mlxterp.sites import Site
+from mlxterp.tracing import Captured
 
-if TYPE_CHECKING:
-    from .model import InterpretableModel
-    from .tracing import Captured
+
+class Readable(Protocol):
+    """What reading activations needs of a model."""
+
+    architecture: Architecture
+
+    @property
+    def n_layers(self) -> int: ...
+
+    def site(self, layer: Any, component: str | None = None) -> Site: ...
+
+    def run(self, tokens: Any, *, capture: Any = (), stop: bool = False) -> Captured: ...
+
+    def trace(self, inputs: Any, *, capture: Any = None) -> Any: ...
+
+    def tokens(self, inputs: Any) -> tuple[mx.array, mx.array | None]: ...
 
 
 @dataclass
 class ActivationCache:
-    """Activations by name; a name may have or lack a leading ``model.``."""
+    """Activations by name; a name may have or lack a leading `model.`."""
 
     activations: dict[str, mx.array] = field(default_factory=dict)
     metadata: dict[str, Any] | None = None
 
     def get(self, name: str) -> mx.array | None:
-        """The activation called ``name``, or None."""
+        """The activation called `name`, or None."""
         key = self._find(name)
         return None if key is None else self.activations[key]
 
@@ -66,14 +82,14 @@ def _short(name: str) -> str:
 
 
 def collect_activations(
-    model: InterpretableModel,
+    model: Readable,
     inputs: Any,
     layers: Sequence[str] | None = None,
     normalize_keys: bool = True,
 ) -> ActivationCache:
-    """All activations ``[B, S, ...]`` of one pass, or those of the sites spelt in ``layers``.
+    """All activations `[B, S, ...]` of one pass, or those of the sites spelt in `layers`.
 
-    Names start at ``layers.``, or with ``normalize_keys=False`` at the root, ``model.``. Raises
+    Names start at `layers.`, or with `normalize_keys=False` at the root, `model.`. Raises
     `ValueError` for an unknown name.
     """
     with model.trace(inputs, capture=layers) as trace:
@@ -87,14 +103,14 @@ def collect_activations(
 
 
 def get_activations(
-    model: InterpretableModel,
+    model: Readable,
     prompts: Any,
     layers: Sequence[int] | None = None,
     positions: int | Sequence[int] = -1,
 ) -> dict[str, mx.array]:
-    """What the blocks return at some positions of each prompt: ``{"layer_3": [B, d_model]}``.
+    """What the blocks return at some positions of each prompt: `{"layer_3": [B, d_model]}`.
 
-    Several positions give ``[B, P, d_model]``. Negative ones count from the last real token of each
+    Several positions give `[B, P, d_model]`. Negative ones count from the last real token of each
     prompt. Raises `ValueError` for a layer or position that does not exist.
     """
     chosen = range(model.n_layers) if layers is None else layers
@@ -107,13 +123,13 @@ def get_activations(
 
 
 def batch_get_activations(
-    model: InterpretableModel,
+    model: Readable,
     prompts: Sequence[str],
     layers: Sequence[int] | None = None,
     positions: int | Sequence[int] = -1,
     batch_size: int = 8,
 ) -> dict[str, mx.array]:
-    """`get_activations` of many prompts, ``batch_size`` of them at a time."""
+    """`get_activations` of many prompts, `batch_size` of them at a time."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     if not prompts:
@@ -126,9 +142,10 @@ def batch_get_activations(
 
 
 def _at(done: Captured, site: Site, positions: list[int]) -> mx.array:
-    """The activation ``[B, P, d]`` at ``positions`` of each row, or ``[B, d]`` at a single one."""
+    """The activation `[B, P, d]` at `positions` of each row, or `[B, d]` at a single one."""
     array = done[site]
-    lengths = [array.shape[1]] * array.shape[0] if done.mask is None else done.mask.sum(-1).tolist()
+    mask = mx.ones(array.shape[:2]) if done.mask is None else done.mask
+    lengths: list[int] = np.array(mask.sum(axis=-1), dtype=int).tolist()
     shortest = min(lengths)
     for position in positions:
         if not -shortest <= position < shortest:
@@ -142,42 +159,48 @@ def _at(done: Captured, site: Site, positions: list[int]) -> mx.array:
 
 
 def get_token_predictions(
-    model: InterpretableModel,
+    model: Readable,
     hidden_state: mx.array,
     top_k: int = 10,
     return_scores: bool = False,
     embedding_layer: nn.Module | None = None,
     lm_head: nn.Module | None = None,
 ) -> list:
-    """The ``top_k`` ids (or ``(id, score)``) of a hidden state ``[d_model]``, the likeliest first.
+    """The `top_k` ids (or `(id, score)`) of a hidden state `[d_model]`, the likeliest first.
 
-    A batch ``[B, d_model]`` gives a list of lists. The state goes straight into the head: apply the
-    final norm before, or use `InterpretableModel.unembed`, which does. Raises `ValueError` for another
-    shape or a ``top_k`` out of range.
+    A batch `[B, d_model]` gives a list of lists. The state goes straight into the head: apply the
+    final norm before, or use `InterpretableModel.unembed`, which does. Raises `ValueError` for
+    another shape or a `top_k` out of range.
     """
     if hidden_state.ndim not in (1, 2):
-        raise ValueError(f"hidden_state must be [d_model] or [B, d_model], not {hidden_state.shape}")
+        raise ValueError(
+            f"hidden_state must be [d_model] or [B, d_model], not {hidden_state.shape}"
+        )
     logits = _project(model, hidden_state, embedding_layer, lm_head)
     if not 1 <= top_k <= logits.shape[-1]:
         raise ValueError(f"top_k must be 1 to {logits.shape[-1]}, not {top_k}")
     best = mx.argsort(-logits, axis=-1)[..., :top_k]
     scores = mx.take_along_axis(logits, best, axis=-1).astype(mx.float32)
-    rows, values = mx.atleast_2d(best).tolist(), mx.atleast_2d(scores).tolist()
+    rows, values = np.atleast_2d(best).tolist(), np.atleast_2d(scores).tolist()
     if return_scores:
         rows = [list(zip(ids, row, strict=True)) for ids, row in zip(rows, values, strict=True)]
     return rows if hidden_state.ndim == 2 else rows[0]
 
 
 def _project(
-    model: InterpretableModel,
+    model: Readable,
     hidden: mx.array,
     embedding: nn.Module | None,
     head: nn.Module | None,
 ) -> mx.array:
-    head = head or (None if embedding else model.architecture.head)
+    if head is None and embedding is None:
+        head = model.architecture.head
     if head is not None:
-        return head(hidden)
-    embedding = embedding or model.architecture.embedding
-    if embedding is None:
-        raise ValueError("this model has no head that could be found: give lm_head or embedding_layer")
-    return embedding.as_linear(hidden)
+        project: Any = head  # nn.Module itself declares no call
+        return project(hidden)
+    tied: Any = model.architecture.embedding if embedding is None else embedding
+    if tied is None:
+        raise ValueError(
+            "this model has no head that could be found: give lm_head or embedding_layer"
+        )
+    return tied.as_linear(hidden)

@@ -6,13 +6,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
-from operator import attrgetter
+from operator import index
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from .dataflow import BATCH, LENGTH, Block, Branch, Call, Flow, Key, outside_blocks, survey
-from .sites import (
+from mlxterp.dataflow import Call, Flow, Trait, find_blocks, outside_blocks, survey
+from mlxterp.hooks import Key
+from mlxterp.probing import BATCH, LENGTH, Block, Branch
+from mlxterp.sites import (
     COMPONENTS,
     OUTPUT,
     Site,
@@ -27,9 +30,9 @@ from .sites import (
 
 @dataclass(frozen=True)
 class Place:
-    """Where a site is read and written: what ``module`` receives as ``argument``, or returns.
+    """Where a site is read and written: what `module` receives as `argument`, or returns.
 
-    The value of the site is ``scale`` times that array, plus what ``stream`` (a block) received.
+    The value of the site is `scale` times that array, plus what `stream` (a block) received.
     """
 
     module: nn.Module
@@ -40,7 +43,7 @@ class Place:
 
 
 class Architecture:
-    """The blocks and sites of ``model``; the wiring is found by a dry run when first needed."""
+    """The blocks and sites of `model`; the wiring is found by a dry run when first needed."""
 
     def __init__(
         self,
@@ -51,20 +54,30 @@ class Architecture:
         lm_head_path: str | None = None,
     ) -> None:
         self.model = model
-        self.blocks = _find_blocks(model, layer_attr)
+        self.blocks = find_blocks(model, layer_attr)
         named = model.named_modules()
         self.modules: dict[str, nn.Module] = dict(reversed(named))
         self._paths = {id(module): path for path, module in self.modules.items()}
-        self.block_paths = [self._paths.get(id(b), f"{layer_attr}.{i}") for i, b in enumerate(self.blocks)]
+        self.block_paths = [
+            self._paths.get(id(b), f"{layer_attr}.{i}") for i, b in enumerate(self.blocks)
+        ]
         self.list_path = self.block_paths[0].rpartition(".")[0]
         self._layers = {path: layer for layer, path in enumerate(self.block_paths)}
-        self._embedding_path, self._norm_path = embedding_path, norm_path
-        self._lm_head_path = lm_head_path
+        self._given = {
+            argument: self._module(path, argument)
+            for argument, path in (
+                ("embedding_path", embedding_path),
+                ("norm_path", norm_path),
+                ("lm_head_path", lm_head_path),
+            )
+            if path is not None
+        }
         self._flow: Flow | None = None
         self._known: dict[str, Site] = {}
+        self._places: dict[Site, Place] = {}
 
     def survey(self, example: mx.array | None = None) -> Flow:
-        """The wiring of the model; a model of other inputs than tokens needs one ``example``."""
+        """The wiring of the model; a model of other inputs than tokens needs one `example`."""
         if self._flow is None:
             if example is None or mx.issubdtype(example.dtype, mx.integer):
                 inputs = mx.zeros((BATCH, LENGTH), dtype=mx.int32)
@@ -89,9 +102,9 @@ class Architecture:
         return table
 
     def site(self, where: int | str | Site, component: str | None = None) -> Site:
-        """The one site that ``where`` (and ``component``) spells; see `Site` for the names."""
-        if isinstance(where, int):
-            where = f"layers.{where}.{component or 'resid_post'}"
+        """The one site that `where` (and `component`) spells; see `Site` for the names."""
+        if not isinstance(where, (str, Site)):
+            where = f"layers.{index(where)}.{component or 'resid_post'}"
         elif component is not None:
             raise ValueError(f"component is for a layer number, not for {where!r}: {component!r}")
         name = str(where)
@@ -100,7 +113,7 @@ class Architecture:
         return self._known[name]
 
     def expand(self, where: str | Site | int) -> list[Site]:
-        """The sites that ``where`` spells, of which a glob such as ``layers.*.mlp`` has several."""
+        """The sites that `where` spells, of which a glob such as `layers.*.mlp` has several."""
         if not isinstance(where, str) or "*" not in where:
             return [self.site(where)]
         sites = list(dict.fromkeys(self._unglob(where.replace("[*]", ".*"))))
@@ -109,7 +122,12 @@ class Architecture:
         return sites
 
     def place(self, site: Site) -> Place:
-        """Where ``site`` is read and written; raises `ValueError` where the block has no such sum."""
+        """Where `site` is read and written; raises `ValueError` where the block has no such sum."""
+        if site not in self._places:
+            self._places[site] = self._place(site)
+        return self._places[site]
+
+    def _place(self, site: Site) -> Place:
         if site.layer is None:
             return Place(self.modules["" if site.component == OUTPUT else site.component])
         block = self.blocks[site.layer]
@@ -131,20 +149,21 @@ class Architecture:
                              stream=block)  # fmt: skip
         return Place(self.modules[f"{self.block_paths[site.layer]}.{site.component}"])
 
-    def all_sites(self) -> Iterable[Site]:
-        """The sites of the dry run, and the modules that it did not reach."""
+    @cached_property
+    def all_sites(self) -> dict[Site, str | None]:
+        """The sites of the dry run and the modules it did not reach, with their paths."""
         modules = (self._site_of_path(path) for path in self.modules)
-        return dict.fromkeys((*self.table, *modules))
+        return {site: self.path(site) for site in (*self.table, *modules)}
 
     def path(self, site: Site) -> str | None:
-        """The dotted path of the module whose output ``site`` is; None for any other site."""
+        """The dotted path of the module whose output `site` is; None for any other site."""
         if site.layer is not None and site.component in ("resid_mid", "attn_out", "mlp_out"):
             return None
         place = self.place(site)
         return None if place.is_input else self._paths[id(place.module)]
 
     def width(self, site: Site) -> int:
-        """The last dimension of the activation at ``site``."""
+        """The last dimension of the activation at `site`."""
         if site not in self.table:
             raise ValueError(f"the dry run did not reach {site}, so that its width is not known")
         return int(self.table[site].shape[-1])
@@ -156,27 +175,42 @@ class Architecture:
     @cached_property
     def embedding(self) -> nn.Module | None:
         """The module that turns token ids into vectors."""
-        if self._embedding_path:
-            return self._module(self._embedding_path, "embedding_path")
+        if "embedding_path" in self._given:
+            return self._given["embedding_path"]
         for call in self.survey().calls:
             if any(mx.issubdtype(array.dtype, mx.integer) for array in call.inputs.values()):
                 return call.module if "weight" in call.module else None
         return None
 
     @cached_property
+    def final_norm(self) -> nn.Module | None:
+        """The norm after the last block; None where it is no module."""
+        if "norm_path" in self._given:
+            return self._given["norm_path"]
+        previous = None
+        for call in self.survey().calls:
+            reads_last = previous is not None and previous in call.inputs.values()
+            if call.block is None and reads_last:
+                return call.module
+            previous = call.output if call.module is self.blocks[-1] else previous
+        return None
+
+    @cached_property
     def head(self) -> nn.Module | None:
-        """The module that turns the last hidden state into logits; None where it is the embedding."""
-        if self._lm_head_path:
-            return self._module(self._lm_head_path, "lm_head_path")
-        logits = [c for c in outside_blocks(self.survey()) if "weight" in c.module][-1:]
-        rows = self.vocab_size
-        return next((c.module for c in logits if c.output is not None
-                     and c.output.shape[-1] == rows and c.module is not self.embedding), None)  # fmt: skip
+        """The module that makes logits of a hidden state; None where it is the embedding."""
+        if "lm_head_path" in self._given:
+            return self._given["lm_head_path"]
+        last = [call for call in outside_blocks(self.survey()) if "weight" in call.module][-1:]
+        for call in last:
+            makes_logits = call.output is not None and call.output.shape[-1] == self.vocab_size
+            if makes_logits and call.module is not self.embedding:
+                return call.module
+        return None
 
     @cached_property
     def vocab_size(self) -> int | None:
         """The number of rows of the embedding, which token ids must stay below."""
-        return None if self.embedding is None else int(self.embedding.weight.shape[0])
+        return None if self.embedding is None else self.embedding["weight"].shape[0]
 
     @property
     def d_model(self) -> int:
@@ -188,7 +222,7 @@ class Architecture:
             raise UnknownSiteError.of(path, self.modules, f", given as {argument}")
         return self.modules[path]
 
-    def _enter(self, table: dict[Site, SiteInfo], site: Site, array: mx.array) -> None:
+    def _enter(self, table: dict[Site, SiteInfo], site: Site, array: Trait) -> None:
         shape = tuple(
             "B" if (axis, size) == (0, BATCH) else "S" if axis and size == LENGTH else size
             for axis, size in enumerate(array.shape)
@@ -196,8 +230,9 @@ class Architecture:
         table[site] = SiteInfo(site, shape, str(array.dtype).removeprefix("mlx.core."))
 
     def _enter_parts(self, table: dict[Site, SiteInfo], layer: int, call: Call) -> None:
-        """Enter the components of a block that are no module's output, and put all in their order."""
-        array = call.inputs.get(self._stream(layer), call.output)
+        """Enter the components that are no module's output, and put all in their order."""
+        stream = self._stream(layer)
+        array = call.inputs[stream] if stream in call.inputs else cast(Trait, call.output)
         entries = {s: table.pop(s) for s in list(table) if s.layer == layer}
         for component in COMPONENTS:
             site = Site(layer, component)
@@ -208,10 +243,12 @@ class Architecture:
         table.update(sorted(entries.items(), key=lambda item: order.get(item[0].component, -1)))
 
     def _correct_inputs(self, entries: dict[Site, SiteInfo], layer: int) -> None:
-        """Give ``attn_in`` and ``mlp_in`` the shape of what the modules received."""
+        """Give `attn_in` and `mlp_in` the shape of what the modules received."""
         for name in ("attn", "mlp"):
             branch: Branch | None = getattr(self.survey().blocks[layer], name)
-            call = next((c for c in self.survey().calls if branch and c.module is branch.module), None)
+            call = next(
+                (c for c in self.survey().calls if branch and c.module is branch.module), None
+            )
             if call is not None and call.stream is not None:
                 self._enter(entries, Site(layer, f"{name}_in"), call.stream)
 
@@ -224,7 +261,7 @@ class Architecture:
         return getattr(self.survey().blocks[site.layer or 0], name)
 
     def _missing(self, site: Site) -> str:
-        """Why layer ``site.layer`` has no such component; empty where it has."""
+        """Why layer `site.layer` has no such component; empty where it has."""
         block: Block = self.survey().blocks[site.layer or 0]
         name = site.component
         if name.startswith("resid") and not block.called:
@@ -297,11 +334,15 @@ class Architecture:
         for candidate in (text, text.removeprefix("model."), f"model.{text}"):
             if candidate and candidate in self.modules:
                 return candidate
-        ends = [p for p in self.modules if p.endswith(f".{text}") and split_layer(p, self.list_path) is None]
+        ends = [
+            p
+            for p in self.modules
+            if p.endswith(f".{text}") and split_layer(p, self.list_path) is None
+        ]
         return ends[0] if len(ends) == 1 else None
 
     def _unglob(self, pattern: str) -> Iterator[Site]:
-        """The sites of ``pattern``, in which a ``*`` is any layer, or any part of a path."""
+        """The sites of `pattern`, in which a `*` is any layer, or any part of a path."""
         head, _, tail = pattern.partition("*")
         if split_layer(f"{head}0", self.list_path) == (0, ""):
             layers, rest = range(len(self.blocks)), tail.removeprefix(".")
@@ -318,7 +359,7 @@ class Architecture:
         yield from self._in_layers(layers, rest)
 
     def _in_layers(self, layers: Iterable[int | None], rest: str) -> Iterator[Site]:
-        """``rest`` in all layers that have it; raises what a single layer would where none has."""
+        """`rest` in all layers that have it; raises what a single layer would where none has."""
         missing: UnknownSiteError | None = None
         found = False
         for layer in layers:
@@ -333,33 +374,3 @@ class Architecture:
     def _unknown(self, name: str, layer: int | None = None) -> UnknownSiteError:
         names = [str(site) for site in self.table if layer is None or site.layer == layer]
         return UnknownSiteError.of(name, names)
-
-
-def _find_blocks(model: nn.Module, layer_attr: str) -> list[nn.Module]:
-    for path in (layer_attr, f"model.{layer_attr}"):
-        try:
-            found = attrgetter(path)(model)
-        except AttributeError:
-            continue
-        if isinstance(found, (list, tuple)) and found:
-            return list(found)
-    if layer_attr == "layers" and (found := _largest_list(model)):
-        return found
-    raise AttributeError(
-        f"{type(model).__name__} has no list of layers at {layer_attr!r} or 'model.{layer_attr}': "
-        "give its dotted path as layer_attr, such as layer_attr='transformer.h'"
-    )
-
-
-def _largest_list(model: nn.Module) -> list[nn.Module]:
-    """The longest list of modules of one class anywhere in ``model``; empty where there is none."""
-    lists = (
-        value
-        for _, module in model.named_modules()
-        for value in module.values()
-        if isinstance(value, list)
-        and len(value) > 1
-        and isinstance(value[0], nn.Module)
-        and len({type(item) for item in value}) == 1
-    )
-    return max(lists, key=len, default=[])

@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
-from .architecture import Architecture
-from .hooks import Hooks
-from .sites import Site
-from .tracing import Captured, Pass, Plan, cache_offset
+from mlxterp.architecture import Architecture
+from mlxterp.hooks import Hooks
+from mlxterp.sites import Site
+from mlxterp.tracing import Captured, Pass, Plan, cache_offset
 
 
 @dataclass(frozen=True)
 class Generation:
-    """Generated ``text`` and ``tokens``, and ``captured`` activations ``[1, S, ...]`` of the prompt
+    """Generated `text` and `tokens`, and `captured` activations `[1, S, ...]` of the prompt
     and of every generated token."""
 
     text: str
@@ -29,7 +30,7 @@ class Generation:
 
 
 class GenerationStream(Iterator[Any]):
-    """The pieces of a generation as mlx-lm makes them, each with ``.text`` and ``.token``."""
+    """The pieces of a generation as mlx-lm makes them, each with `.text` and `.token`."""
 
     def __init__(
         self,
@@ -41,8 +42,10 @@ class GenerationStream(Iterator[Any]):
     ) -> None:
         from mlx_lm import stream_generate
 
-        if kwargs.get("draft_model") is not None and plan.sites():
-            raise ValueError("draft_model cannot be used with edit= or capture=: it rewinds positions")
+        if kwargs.get("draft_model") is not None and plan:
+            raise ValueError(
+                "draft_model cannot be used with edit= or capture=: it rewinds positions"
+            )
         self._architecture = architecture
         self._prompt = prompt
         self._recorder = _Recorder(architecture, plan, prompt.size, kwargs.get("prompt_cache"))
@@ -52,8 +55,12 @@ class GenerationStream(Iterator[Any]):
 
     def __next__(self) -> Any:
         # Open for one step only: between steps the caller's own code runs.
-        with self._recorder.hooks, self._recorder.forward.hooks:
-            piece = next(self._pieces)
+        try:
+            with self._recorder.hooks, self._recorder.forward.hooks:
+                piece = next(self._pieces)
+        except BaseException:
+            self._recorder.close()
+            raise
         self._recorder.settle()
         self.tokens.append(piece.token)
         self.text += piece.text
@@ -61,7 +68,7 @@ class GenerationStream(Iterator[Any]):
 
     def result(self) -> Generation:
         """All that was generated so far."""
-        ids = self._prompt.tolist()
+        ids: list[int] = np.array(self._prompt).tolist()
         activations = self._recorder.activations(len(ids) + len(self.tokens))
         tokens = mx.array([ids + self.tokens])
         captured = Captured(activations, self._architecture, None, tokens, mx.ones_like(tokens) > 0)
@@ -69,7 +76,7 @@ class GenerationStream(Iterator[Any]):
 
 
 class _Recorder:
-    """Follows the calls of the model: tells edits where they are and keeps what each call captured."""
+    """Follows the calls of the model: tells edits where they are, keeps what calls captured."""
 
     def __init__(
         self, architecture: Architecture, plan: Plan, prompt_length: int, cache: Any
@@ -84,7 +91,6 @@ class _Recorder:
         self.forward = Pass(architecture, plan)
         self.hooks = Hooks()
         self.hooks.add_before(architecture.model, self._begin)
-        self._close = Hooks()
         self.forward.hooks.add_after(architecture.model, self._end)
 
     def _begin(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -105,12 +111,17 @@ class _Recorder:
             self._parts[site].append(array)
         return output
 
+    def close(self) -> None:
+        """Let go of the hooks, which refer back here."""
+        self.hooks.clear()
+        self.forward.hooks.clear()
+
     def settle(self) -> None:
         """Compute what was captured, so that no graph of a past step stays alive."""
         mx.async_eval([parts[-1] for parts in self._parts.values() if parts])
 
     def activations(self, length: int) -> dict[Site, mx.array]:
-        """What was captured at the first ``length`` positions."""
+        """What was captured at the first `length` positions."""
         joined = {}
         for site, parts in self._parts.items():
             axis = self._axes[site]
@@ -129,7 +140,7 @@ def _position_axis(architecture: Architecture, site: Site) -> int:
 def make_sampler(
     temperature: float, top_p: float, top_k: int, min_p: float, seed: int
 ) -> Callable[[mx.array], mx.array]:
-    """A sampler of log-probabilities with a random state of its own; the largest at temperature 0."""
+    """A sampler with a random state of its own; at temperature 0 it takes the largest."""
     from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
 
     if temperature < 0:

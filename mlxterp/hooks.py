@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
 Before = Callable[[tuple, dict], tuple[tuple, dict]]
 After = Callable[[Any], Any]
+Key = int | str  # of a positional or a named argument
 
 _active: ContextVar[tuple[Hooks, ...]] = ContextVar("mlxterp_hooks", default=())
 _lock = threading.Lock()
@@ -23,7 +25,7 @@ class Hooks:
 
     A module with hooks has its class swapped for a subclass that consults the hooks open in the
     current context. The original class returns when the last one closes, so the tree of modules,
-    ``parameters()`` and ``isinstance`` never notice, and other threads are not affected.
+    `parameters()` and `isinstance` never notice, and other threads are not affected.
     """
 
     def __init__(self) -> None:
@@ -32,14 +34,20 @@ class Hooks:
         self._modules: dict[int, nn.Module] = {}
 
     def add_before(self, module: nn.Module, function: Before) -> None:
-        """Call ``function(args, kwargs)``, which returns both, before each call of ``module``."""
+        """Call `function(args, kwargs)`, which returns both, before each call of `module`."""
         self._modules[id(module)] = module
         self.before[id(module)] = _chain_before(self.before.get(id(module)), function)
 
     def add_after(self, module: nn.Module, function: After) -> None:
-        """Call ``function(output)``, which returns the output, after each call of ``module``."""
+        """Call `function(output)`, which returns the output, after each call of `module`."""
         self._modules[id(module)] = module
         self.after[id(module)] = _chain_after(self.after.get(id(module)), function)
+
+    def clear(self) -> None:
+        """Forget all functions, which often refer back to their owner and would keep it alive."""
+        self.before.clear()
+        self.after.clear()
+        self._modules.clear()
 
     def __enter__(self) -> Hooks:
         with _lock:
@@ -96,10 +104,13 @@ def _hooked_class(original: type) -> type:
                 output = after(output)
         return output
 
-    def __reduce_ex__(self: nn.Module, protocol: int) -> tuple:
-        # Copies and pickles are of the model itself, not of the model being watched.
-        make, (cls, *rest), *state = super(cls_hooked, self).__reduce_ex__(protocol)
-        return make, (original if cls is cls_hooked else cls, *rest), *state
+    def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple:
+        # Copies and pickles are of the model itself, not of the model being watched. A `make` other
+        # than copyreg's own, because pickle insists that its argument is the class of the object.
+        make, (cls, *rest), *state = super(cls_hooked, self).__reduce_ex__(protocol)  # type: ignore[arg-type]
+        if cls is cls_hooked:
+            make, cls = original.__new__, original
+        return make, (cls, *rest), *state
 
     cls_hooked = type(
         original.__name__,
@@ -114,3 +125,44 @@ def _hooked_class(original: type) -> type:
         },
     )
     return cls_hooked
+
+
+def first_array(value: Any) -> mx.array | None:
+    """The array that a module's output stands for: itself, or the first in a tuple or list."""
+    if isinstance(value, mx.array):
+        return value
+    if isinstance(value, (tuple, list)):
+        return next((item for item in value if isinstance(item, mx.array)), None)
+    return None
+
+
+def with_first_array(value: Any, array: mx.array) -> Any:
+    """`value` with `array` in the place of its first array."""
+    if isinstance(value, mx.array):
+        return array
+    items = list(value)
+    items[next(i for i, item in enumerate(items) if isinstance(item, mx.array))] = array
+    if isinstance(value, list):
+        return items
+    return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+
+
+def array_arguments(args: tuple, kwargs: dict) -> dict[Key, mx.array]:
+    """The arguments that are arrays."""
+    items = (*enumerate(args), *kwargs.items())
+    return {key: value for key, value in items if isinstance(value, mx.array)}
+
+
+def stream_argument(arrays: Mapping[Key, Any]) -> Key | None:
+    """Which argument is the activation: the first array `[B, S, ...]`, else the first of floats."""
+    for key, array in arrays.items():
+        if array.ndim >= 3:
+            return key
+    return next((k for k, v in arrays.items() if mx.issubdtype(v.dtype, mx.floating)), None)
+
+
+def with_argument(args: tuple, kwargs: dict, key: Key, value: Any) -> tuple[tuple, dict]:
+    """The arguments with `value` at `key`."""
+    if isinstance(key, int):
+        return (*args[:key], value, *args[key + 1 :]), kwargs
+    return args, {**kwargs, key: value}

@@ -12,7 +12,7 @@ Intervention = Callable[..., mx.array]
 
 
 def takes_context(function: Callable[..., Any]) -> bool:
-    """Whether ``function`` has a second argument without a default, or one called ``context``."""
+    """Whether `function` has a second argument without a default, or one called `context`."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except ValueError:  # a function of MLX itself
@@ -24,27 +24,27 @@ def takes_context(function: Callable[..., Any]) -> bool:
 
 
 def zero_out(x: mx.array) -> mx.array:
-    """Zeros in the place of ``x``."""
+    """Zeros in the place of `x`."""
     return mx.zeros_like(x)
 
 
 def scale(factor: float) -> Intervention:
-    """``x * factor``."""
+    """`x * factor`."""
     return lambda x: (x * factor).astype(x.dtype)
 
 
 def add_vector(vector: mx.array) -> Intervention:
-    """``x + vector``, broadcast over the positions of ``x [B, S, d]``."""
+    """`x + vector`, broadcast over the positions of `x [B, S, d]`."""
     return lambda x: x + mx.array(vector).astype(x.dtype)
 
 
 def replace_with(
     value: mx.array | float, align: Literal["end", "start", "strict"] = "end"
 ) -> Intervention:
-    """``value`` in the place of ``x``: a number fills it, an array is broadcast.
+    """`value` in the place of `x`: a number fills it, an array is broadcast.
 
-    An array ``[B, S', d]`` of another length replaces the positions that both have, counted from the
-    ``end`` or the ``start``; with ``align="strict"`` another length is a `ValueError`.
+    An array `[B, S', d]` of another length replaces the positions that both have, counted from the
+    `end` or the `start`; with `align="strict"` another length is a `ValueError`.
     """
     if align not in ("end", "start", "strict"):
         raise ValueError(f"align must be 'end', 'start' or 'strict', not {align!r}")
@@ -61,24 +61,27 @@ def replace_with(
 def _overlay(x: mx.array, new: mx.array, align: str) -> mx.array:
     if align == "strict":
         raise ValueError(
-            f"replace_with(align='strict') needs {x.shape[1]} positions: the value has {new.shape[1]}"
+            f"replace_with(align='strict') needs {x.shape[1]} positions: "
+            f"the value has {new.shape[1]}"
         )
     n = min(x.shape[1], new.shape[1])
     if align == "start":
-        return mx.concatenate([mx.broadcast_to(new[:, :n], (*x.shape[:1], n, *x.shape[2:])), x[:, n:]], axis=1)
+        return mx.concatenate(
+            [mx.broadcast_to(new[:, :n], (*x.shape[:1], n, *x.shape[2:])), x[:, n:]], axis=1
+        )
     tail = mx.broadcast_to(new[:, -n:], (*x.shape[:1], n, *x.shape[2:]))
     return mx.concatenate([x[:, : x.shape[1] - n], tail], axis=1)
 
 
 def clamp(min_val: float | None = None, max_val: float | None = None) -> Intervention:
-    """``x`` limited to ``min_val`` from below and ``max_val`` from above."""
+    """`x` limited to `min_val` from below and `max_val` from above."""
     if min_val is None and max_val is None:
         raise ValueError("clamp needs min_val, max_val or both: both are None")
     return lambda x: mx.clip(x, min_val, max_val).astype(x.dtype)
 
 
 def noise(std: float = 0.1, seed: int = 0) -> Intervention:
-    """``x`` plus normal noise of standard deviation ``std``, drawn from ``seed`` and the step."""
+    """`x` plus normal noise of standard deviation `std`, drawn from `seed` and the step."""
     if std < 0:
         raise ValueError(f"std must be at least 0, not {std}")
 
@@ -90,13 +93,13 @@ def noise(std: float = 0.1, seed: int = 0) -> Intervention:
 
 
 class InterventionComposer:
-    """Interventions one after another: ``compose().add(scale(2.0)).add(clamp(-1, 1)).build()``."""
+    """Interventions one after another: `compose().add(scale(2.0)).add(clamp(-1, 1)).build()`."""
 
     def __init__(self) -> None:
         self._functions: tuple[Intervention, ...] = ()
 
     def add(self, function: Intervention) -> InterventionComposer:
-        """Put ``function`` after those added before."""
+        """Put `function` after those added before."""
         if not callable(function):
             raise TypeError(f"an intervention must be a function, not {type(function).__name__}")
         self._functions += (function,)

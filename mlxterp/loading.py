@@ -34,8 +34,9 @@ def load(name: str, tokenizer: Any = None) -> tuple[nn.Module, Any, dict]:
         raise ValueError(f"no model in {name!r}: the directory has no config.json")
     tried = []
     try:
-        model, found, config = mlx_lm.load(str(path) if path.exists() else name, return_config=True)
-        return model, tokenizer or found, config
+        loaded: Any = mlx_lm.load(str(path) if path.exists() else name, return_config=True)
+        model, found, config = loaded
+        return model, found if tokenizer is None else tokenizer, config
     except Exception as error:
         tried.append(f"mlx_lm.load: {_first_line(error)}")
         cause = error
@@ -46,7 +47,9 @@ def load(name: str, tokenizer: Any = None) -> tuple[nn.Module, Any, dict]:
         except Exception as error:
             tried.append(f"mlx_lm.utils.load_model (without a tokenizer): {_first_line(error)}")
     raise ValueError(
-        f"could not load the model {name!r}. Tried:\n  " + "\n  ".join(tried) + "\nGive the name of a "
+        f"could not load the model {name!r}. Tried:\n  "
+        + "\n  ".join(tried)
+        + "\nGive the name of a "
         "model on the Hugging Face Hub (see mlx-community), the path of a local directory with "
         "config.json and model*.safetensors, or a loaded MLX module with its tokenizer"
     ) from cause
@@ -62,7 +65,7 @@ def _first_line(error: Exception) -> str:
 
 
 def cast(model: nn.Module, dtype: mx.Dtype | None, loaded: bool) -> None:
-    """Cast the weights to ``dtype``; None means float32 for half precision just loaded on a CPU."""
+    """Cast the weights to `dtype`; None means float32 for half precision just loaded on a CPU."""
     if dtype is not None:
         model.set_dtype(dtype)
     elif loaded and mx.default_device() == mx.Device(mx.cpu):
@@ -74,7 +77,7 @@ def fingerprint(model: nn.Module) -> str:
 
     The same weights have the same fingerprint in bfloat16 as in the float32 they were cast to.
     """
-    arrays = sorted(tree_flatten(model.parameters()))
+    arrays: Any = sorted(tree_flatten(model.parameters()))
     digest = hashlib.sha256()
     for name, array in arrays:
         digest.update(f"{name} {array.shape}\n".encode())

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import html
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from . import analysis, loading, tokenization, tracing
-from .architecture import Architecture
-from .generation import GenerationStream, make_sampler
-from .sites import Site, SiteTable
-from .trace import LayerListProxy, OutputProxy, Trace
-from .tracing import Captured, Edit, Gradients, Spelling, make_plan
+from mlxterp import analysis, loading, tokenization, tracing
+from mlxterp.architecture import Architecture
+from mlxterp.generation import GenerationStream, make_sampler
+from mlxterp.sites import Site, SiteTable
+from mlxterp.trace import LayerListProxy, OutputProxy, Trace
+from mlxterp.tracing import Captured, Edit, Gradients, Spelling, make_plan
 
 Edits = Mapping[Any, "Edit | Sequence[Edit]"]
 
@@ -21,13 +22,13 @@ Edits = Mapping[Any, "Edit | Sequence[Edit]"]
 class InterpretableModel:
     """An MLX language model whose activations can be read, edited and differentiated.
 
-    ``model`` is a name on the Hugging Face Hub, a local directory, or any MLX module. ``layer_attr``
+    `model` is a name on the Hugging Face Hub, a local directory, or any MLX module. `layer_attr`
     is the dotted path of its blocks, and the other paths name modules that are not found by
-    themselves. The wrapped module stays the model it is, in ``.model``.
+    themselves. The wrapped module stays the model it is, in `.model`.
 
-    Half-precision weights that are loaded on a CPU become float32, because products of bfloat16 are
-    many times slower there; ``dtype`` asks for another type. Raises `ValueError` where no model can be
-    loaded, `AttributeError` where there are no layers at ``layer_attr``.
+    Half-precision weights that are loaded on a CPU become float32, because products of bfloat16
+    are many times slower there; `dtype` asks for another type. Raises `ValueError` where no model
+    can be loaded, `AttributeError` where there are no layers at `layer_attr`.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class InterpretableModel:
 
     @property
     def layers(self) -> LayerListProxy:
-        """The blocks, for use inside a trace: ``model.layers[3].mlp.output.save()``."""
+        """The blocks, for use inside a trace: `model.layers[3].mlp.output.save()`."""
         return LayerListProxy(self)
 
     @property
@@ -102,11 +103,11 @@ class InterpretableModel:
         return loading.fingerprint(self.model)
 
     def site(self, layer: int | str | Site, component: str | None = None) -> Site:
-        """The site that a layer and component, or any spelling such as ``h.3.attn``, mean."""
+        """The site that a layer and component, or any spelling such as `h.3.attn`, mean."""
         return self.architecture.site(layer, component)
 
     def width(self, site: int | Spelling) -> int:
-        """The last dimension of the activation at ``site``."""
+        """The last dimension of the activation at `site`."""
         return self.architecture.width(self.site(site))
 
     def sites(self) -> SiteTable:
@@ -115,11 +116,12 @@ class InterpretableModel:
         return self.architecture.sites(title)
 
     def tokens(self, inputs: Any) -> tuple[mx.array, mx.array | None]:
-        """Text, ids or an array as ``tokens [B, S]`` and ``mask [B, S]``, True at real tokens."""
+        """Text, ids or an array as `tokens [B, S]` and `mask [B, S]`, True at real tokens."""
         bound = self._token_bound(inputs)
         pad_id = getattr(self.tokenizer, "pad_token_id", None)
-        usable = isinstance(pad_id, int) and 0 <= pad_id < (bound or 0)
-        return tokenization.to_tokens(inputs, self.tokenizer, bound, pad_id if usable else 0)
+        if not isinstance(pad_id, int) or not 0 <= pad_id < (bound or 0):
+            pad_id = 0
+        return tokenization.to_tokens(inputs, self.tokenizer, bound, pad_id)
 
     def _token_bound(self, inputs: Any) -> int | None:
         if isinstance(inputs, mx.array) and not mx.issubdtype(inputs.dtype, mx.integer):
@@ -136,14 +138,14 @@ class InterpretableModel:
         stop: bool = False,
         **kwargs: Any,
     ) -> Captured:
-        """One forward pass that holds the ``capture`` sites and passes others through ``edit``.
+        """One forward pass that holds the `capture` sites and passes others through `edit`.
 
-        ``tokens`` is text, a list of texts, token ids (one list or several, of unequal length too) or
-        an array ``[S]`` or ``[B, S]``. An edit is ``fn(x)`` or ``fn(x, context)`` and returns the shape
-        of ``x [B, S, ...]``; a list of them is applied in order. With ``stop=True`` the pass ends after
+        `tokens` is text, a list of texts, token ids (one list or several, of unequal length too) or
+        an array `[S]` or `[B, S]`. An edit is `fn(x)` or `fn(x, context)` and returns the shape
+        of `x [B, S, ...]`; a list of them is applied in order. With `stop=True` the pass ends after
         the last captured site. Other arguments go to the model. Works inside `mx.compile` and
-        `mx.grad`, where captured arrays must be returned. Raises `ValueError` for unknown sites, empty
-        input, and token ids beyond the embedding.
+        `mx.grad`, where captured arrays must be returned. Raises `ValueError` for unknown sites,
+        empty input, and token ids beyond the embedding.
         """
         ids, mask = self.tokens(tokens)
         plan = make_plan(self.architecture, capture, edit)
@@ -158,18 +160,18 @@ class InterpretableModel:
         edit: Edits | None = None,
         **kwargs: Any,
     ) -> Gradients:
-        """``metric(logits)``, or ``metric(logits, captured)``, and its derivative by every site.
+        """`metric(logits)`, or `metric(logits, captured)`, and its derivative by every site.
 
-        The result has ``value``, ``activations`` and ``gradients``, the last two by site ``[B, S, ...]``.
+        The result has `value`, `activations` and `gradients`, the last two by site `[B, S, ...]`.
         """
         ids, mask = self.tokens(tokens)
         plan = make_plan(self.architecture, sites, edit)
         return tracing.gradients(self.architecture, ids, plan, metric, mask=mask, **kwargs)
 
     def unembed(self, hidden: mx.array) -> mx.array:
-        """The logits ``[..., vocab]`` of ``hidden [..., d_model]``, by the model's own last norm and head.
+        """The logits `[..., vocab]` of `hidden [..., d_model]`, by the model's own norm and head.
 
-        ``hidden`` takes the place of the last block's output, so that scales and soft-caps apply too.
+        `hidden` takes the place of the last block's output, so that scales and soft-caps apply too.
         """
         last = Site(self.n_layers - 1, "resid_post")
         if len(self.sites()[last].shape) != 3:
@@ -191,9 +193,9 @@ class InterpretableModel:
         stop: bool = False,
         **kwargs: Any,
     ) -> Trace:
-        """A pass for notebooks: ``with model.trace("text") as trace: h = model.layers[3].output.save()``.
+        """A pass for notebooks: `with model.trace("text"): h = model.layers[3].output.save()`.
 
-        Every activation can be read in the body, or only those of ``capture``, which takes far less
+        Every activation can be read in the body, or only those of `capture`, which takes far less
         memory. Interventions are edits as in `run`.
         """
         return Trace(self, inputs, interventions, capture=capture, stop=stop, **kwargs)
@@ -226,12 +228,12 @@ class InterpretableModel:
                                 max_tokens=max_tokens, sampler=sampler, **kwargs)  # fmt: skip
 
     def generate(self, prompt: Any, *, stream: bool = False, **kwargs: Any) -> Any:
-        """Continue ``prompt`` (text or token ids) by up to ``max_tokens``, with edits and captures.
+        """Continue `prompt` (text or token ids) by up to `max_tokens`, with edits and captures.
 
-        ``edit`` and ``capture`` are those of `run`; the positions that edits are told count from the
-        start of the prompt. Greedy at ``temperature`` 0, else sampled from ``seed`` with ``top_p``,
-        ``top_k`` and ``min_p``. Other arguments go to mlx-lm. Returns a `Generation`, or with
-        ``stream=True`` its pieces one by one.
+        `edit` and `capture` are those of `run`; the positions that edits are told count from the
+        start of the prompt. Greedy at `temperature` 0, else sampled from `seed` with `top_p`,
+        `top_k` and `min_p`. Other arguments go to mlx-lm. Returns a `Generation`, or with
+        `stream=True` its pieces one by one.
         """
         pieces = self.stream(prompt, **kwargs)
         if stream:
@@ -269,7 +271,7 @@ class InterpretableModel:
         )
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of ``text``, with the special tokens that the tokenizer adds."""
+        """The token ids of `text`, with the special tokens that the tokenizer adds."""
         return tokenization.encode(self.tokenizer, text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -289,7 +291,7 @@ class InterpretableModel:
     ) -> list[str]:
         """Each token of a text or of token ids as text; of a batch, the first row.
 
-        ``prepend_bos`` puts the first token of a document before a text that lacks it.
+        `prepend_bos` puts the first token of a document before a text that lacks it.
         """
         if isinstance(input, str):
             input = self.encode(input)
@@ -304,3 +306,6 @@ class InterpretableModel:
             f"InterpretableModel(\n  model={self.name},\n  layers={self.n_layers},\n"
             f"  tokenizer={tokenizer}\n)"
         )
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(repr(self))}</pre>{self.sites()._repr_html_()}"

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 RESIDUAL = ("resid_pre", "resid_mid", "resid_post")
 COMPONENTS = (
-    "resid_pre", "attn_in", "attn", "attn_out", "resid_mid", "mlp_in", "mlp", "mlp_out", "resid_post",
+    "resid_pre", "attn_in", "attn", "attn_out",
+    "resid_mid", "mlp_in", "mlp", "mlp_out", "resid_post",
 )  # fmt: skip
 OUTPUT = "__model_output__"
 
@@ -27,12 +28,12 @@ _ALIASES = {
 
 @dataclass(frozen=True, order=True)
 class Site:
-    """A place in a model: a component of a layer, or (``layer=None``) any other module by its path.
+    """A place in a model: a component of a layer, or (`layer=None`) any other module by its path.
 
-    The components of every layer are ``resid_pre``, ``attn_in``, ``attn``, ``attn_out``,
-    ``resid_mid``, ``mlp_in``, ``mlp``, ``mlp_out`` and ``resid_post``: ``attn`` and ``mlp`` are what
-    the modules return, ``attn_out`` and ``mlp_out`` what is added to the residual stream, ``attn_in``
-    and ``mlp_in`` what the modules receive, after the norm.
+    The components of every layer are `resid_pre`, `attn_in`, `attn`, `attn_out`,
+    `resid_mid`, `mlp_in`, `mlp`, `mlp_out` and `resid_post`: `attn` and `mlp` are what
+    the modules return, `attn_out` and `mlp_out` what is added to the residual stream, `attn_in`
+    and `mlp_in` what the modules receive, after the norm.
     """
 
     layer: int | None
@@ -43,7 +44,7 @@ class Site:
 
     @classmethod
     def from_string(cls, text: str) -> Site:
-        """The site with the canonical name ``text``, such as ``layers.3.mlp``; no model is asked."""
+        """The site with the canonical name `text`, such as `layers.3.mlp`; no model is asked."""
         if match := re.fullmatch(r"layers\.(\d+)\.(.+)", text):
             return cls(int(match[1]), match[2])
         return cls(None, text)
@@ -56,22 +57,22 @@ class UnknownSiteError(ValueError, KeyError):
 
     @classmethod
     def of(cls, name: object, existing: Iterable[str], why: str = "") -> UnknownSiteError:
-        """An error for ``name`` that lists the nearest of the ``existing`` names."""
+        """An error for `name` that lists the nearest of the `existing` names."""
         near = difflib.get_close_matches(str(name), list(existing), n=4, cutoff=0.3)
         hint = f"; the nearest existing: {', '.join(near)}" if near else ""
         return cls(f"no site {str(name)!r} in this model{why}{hint}. See model.sites().")
 
 
 def canonical_component(name: str) -> str:
-    """The component that ``name`` is one of the usual spellings of, else ``name``."""
+    """The component that `name` is one of the usual spellings of, else `name`."""
     return _ALIASES.get(name, name)
 
 
 def split_layer(text: str, list_path: str) -> tuple[int, str] | None:
-    """``(layer, rest)`` of a name inside a block, with the list of blocks at ``list_path``.
+    """`(layer, rest)` of a name inside a block, with the list of blocks at `list_path`.
 
-    The list of blocks may be called by its own path, by any end of it, or ``layers``, ``h`` or
-    ``blocks`` as other libraries do; ``layers[3]`` is read as ``layers.3``.
+    The list of blocks may be called by its own path, by any end of it, or `layers`, `h` or
+    `blocks` as other libraries do; `layers[3]` is read as `layers.3`.
     """
     parts = _dotted(text).split(".")
     for i, part in enumerate(parts):
@@ -81,7 +82,7 @@ def split_layer(text: str, list_path: str) -> tuple[int, str] | None:
 
 
 def without_output(text: str) -> str:
-    """``text`` as dots only, without the ``.output`` that proxies end in."""
+    """`text` as dots only, without the `.output` that proxies end in."""
     return _dotted(text).removesuffix(".output")
 
 
@@ -104,7 +105,7 @@ class SiteInfo:
 
 
 class SiteTable:
-    """The sites of a model with the shapes that flow there; ``B`` and ``S`` are batch and positions."""
+    """The sites of a model with the shapes that flow there; `B` and `S` are batch and positions."""
 
     def __init__(self, title: str, sites: Mapping[Site, SiteInfo]) -> None:
         self.title = title
@@ -125,7 +126,7 @@ class SiteTable:
         return self._sites[site]
 
     def rows(self) -> list[tuple[str, str, str]]:
-        """``(name, layers, shape and type)`` of each line: alike sites of several layers share one."""
+        """`(name, layers, shape and type)` of each line; alike sites of all layers share one."""
         lines: dict[tuple[str, str], list[int]] = {}
         for site, info in self._sites.items():
             name = site.component if site.layer is None else f"layers.*.{site.component}"

@@ -15,17 +15,19 @@ NO_TOKENIZER = (
 
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int = 0) -> tuple[mx.array, mx.array]:
-    """Rows of unequal length as ``tokens [B, S]``, padded on the right, and ``mask [B, S]``, True at
+    """Rows of unequal length as `tokens [B, S]`, padded on the right, and `mask [B, S]`, True at
     real tokens; raises `ValueError` where a row is empty."""
     lengths = [len(row) for row in rows]
     if not rows or not all(lengths):
-        which = f"row {lengths.index(0)} of {len(rows)} has no tokens" if rows else "there are no rows"
+        which = (
+            f"row {lengths.index(0)} of {len(rows)} has no tokens" if rows else "there are no rows"
+        )
         raise ValueError(f"inputs must have at least one token in each row: {which}")
     tokens = np.full((len(rows), max(lengths)), pad_id, dtype=np.int32)
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = np.asarray(row)
     mask = np.arange(max(lengths)) < np.array(lengths)[:, None]
-    return mx.array(tokens), mx.array(mask)
+    return mx.array(tokens), mx.array(mask.tolist())
 
 
 def pack(
@@ -34,16 +36,18 @@ def pack(
     bos_id: int | None = None,
     pad_id: int = 0,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Join documents back to back and cut them into rows of ``context_length`` tokens.
+    """Join documents back to back and cut them into rows of `context_length` tokens.
 
-    Yields ``tokens`` and ``document``, both int32 ``[context_length]``. Every row and every document
-    starts with ``bos_id`` where it is given; ``document`` is the index of each token's document, and
-    -1 at ``bos_id`` and in the padding that fills the last row. Raises `ValueError` where a row has no
-    room for a token.
+    Yields `tokens` and `document`, both int32 `[context_length]`. Every row and every document
+    starts with `bos_id` where it is given; `document` is the index of each token's document, and
+    -1 at `bos_id` and in the padding that fills the last row. Raises `ValueError` where a row has
+    no room for a token.
     """
     first = 0 if bos_id is None else 1
     if context_length <= first:
-        raise ValueError(f"context_length must be at least {first + 1} tokens, not {context_length}")
+        raise ValueError(
+            f"context_length must be at least {first + 1} tokens, not {context_length}"
+        )
     row = _Row(context_length, bos_id, pad_id)
     for index, document in enumerate(documents):
         ids = np.asarray(document, dtype=np.int32)
@@ -72,8 +76,8 @@ class _Row:
         self._needs_bos = self._bos_id is not None
 
     def add(self, ids: np.ndarray, index: int) -> np.ndarray:
-        """Append as much of ``ids`` as fits and return the rest."""
-        if self._needs_bos:
+        """Append as much of `ids` as fits and return the rest."""
+        if self._needs_bos and self._bos_id is not None:
             self._tokens[self._used] = self._bos_id
             self._used += 1
             self._needs_bos = False
@@ -101,10 +105,10 @@ class _Row:
 def to_tokens(
     inputs: Any, tokenizer: Any, vocab_size: int | None, pad_id: int = 0
 ) -> tuple[mx.array, mx.array | None]:
-    """Text, token ids or an array as the model's input ``[B, S]`` and its mask (None for floats).
+    """Text, token ids or an array as the model's input `[B, S]` and its mask (None for floats).
 
-    Raises `ValueError` for empty input, for text without a tokenizer, and for ids that the embedding
-    has no row for, which MLX would not notice; `TypeError` for anything else than text and ids.
+    Raises `ValueError` for empty input, for text without a tokenizer, and for ids that the
+    embedding has no row for, which MLX would not notice; `TypeError` for other kinds of input.
     """
     if isinstance(inputs, np.ndarray):
         inputs = mx.array(inputs)
@@ -126,7 +130,9 @@ def _rows(inputs: Any, tokenizer: Any) -> list[list[int]]:
         return [encode(tokenizer, text) for text in inputs]
     rows = [inputs] if not isinstance(inputs[0], (list, tuple)) else inputs
     for row in rows:
-        bad = next((i for i in row if isinstance(i, bool) or not isinstance(i, (int, np.integer))), None)
+        bad = next(
+            (i for i in row if isinstance(i, bool) or not isinstance(i, (int, np.integer))), None
+        )
         if bad is not None:
             raise TypeError(f"token ids must be integers, not {type(bad).__name__}: {bad!r}")
     return [list(row) for row in rows]
@@ -148,9 +154,10 @@ def _check_ids(tokens: mx.array, vocab_size: int | None) -> None:
     if vocab_size is None:
         return
     try:
-        low, high = mx.stack([tokens.min(), tokens.max()]).tolist()
+        ids = np.array(tokens)
     except ValueError:
         return  # inside mx.compile or mx.vmap, where no array has a value yet
+    low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocab_size:
         raise ValueError(
             f"token ids must be 0 to {vocab_size - 1}, the rows of the embedding: "
@@ -159,7 +166,7 @@ def _check_ids(tokens: mx.array, vocab_size: int | None) -> None:
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """The token ids of ``text``, with the special tokens that the tokenizer adds."""
+    """The token ids of `text`, with the special tokens that the tokenizer adds."""
     if tokenizer is None:
         raise ValueError(NO_TOKENIZER)
     if not isinstance(text, str):
@@ -186,9 +193,8 @@ def pieces(tokenizer: Any, tokens: Any) -> list[str]:
 
 def _flat(tokens: Any) -> list[int]:
     """The ids of a list or of an array, of which a batch stands for its first row."""
-    if isinstance(tokens, (mx.array, np.ndarray)):
-        return tokens[0].tolist() if tokens.ndim == 2 else tokens.reshape(-1).tolist()
-    return list(tokens)
+    ids = np.array(tokens)
+    return (ids[0] if ids.ndim == 2 else ids.reshape(-1)).tolist()
 
 
 def _piece(tokenizer: Any, token_id: int) -> str:

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import difflib
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import tracing
-from .sites import OUTPUT, Site, canonical_component
-from .tracing import Captured, Plan, make_plan
-
-if TYPE_CHECKING:
-    from .model import InterpretableModel
+from mlxterp import tracing
+from mlxterp.architecture import Architecture
+from mlxterp.sites import OUTPUT, Site, canonical_component
+from mlxterp.tracing import Captured, Plan, make_plan
 
 _open: ContextVar[tuple[Trace, ...]] = ContextVar("mlxterp_traces", default=())
 
@@ -27,8 +25,17 @@ _NO_ASSIGNMENT = (
 )
 
 
+class Traceable(Protocol):
+    """What a trace needs of a model."""
+
+    tokenizer: Any
+    architecture: Architecture
+
+    def tokens(self, inputs: Any) -> tuple[mx.array, mx.array | None]: ...
+
+
 class TraceActivations(Mapping[str, mx.array]):
-    """The activations of a trace in call order, by the names of modules or any spelling of a site."""
+    """The activations of a trace in call order, by module path or any spelling of a site."""
 
     def __init__(self, captured: Captured, keys: dict[str, Site]) -> None:
         self._captured = captured
@@ -49,15 +56,15 @@ class TraceActivations(Mapping[str, mx.array]):
 
 
 class Trace:
-    """One forward pass, which runs on entering the ``with`` block; nothing is computed until it is read.
+    """One forward pass, made on entering the `with` block; nothing is computed until it is read.
 
-    ``activations`` holds every module's output, or what ``capture`` names; ``output`` is what the
-    model returned, ``saved_values`` what ``.save()`` kept. All stay usable after the block.
+    `activations` holds every module's output, or what `capture` names; `output` is what the
+    model returned, `saved_values` what `.save()` kept. All stay usable after the block.
     """
 
     def __init__(
         self,
-        model: InterpretableModel,
+        model: Traceable,
         inputs: Any,
         interventions: Mapping[Any, Any] | None = None,
         *,
@@ -81,7 +88,7 @@ class Trace:
         architecture = self.model.architecture
         plan = make_plan(architecture, self._capture or (), self.interventions)
         if self._capture is None:
-            plan = Plan(tuple(architecture.all_sites()), plan.edits, optional=True)
+            plan = Plan(tuple(architecture.all_sites), plan.edits, optional=True)
         done = tracing.run(architecture, tokens, plan, mask=mask, stop=self._stop, **self._kwargs)
         self.output = done.output
         self.activations = TraceActivations(done, self._names(done))
@@ -92,7 +99,7 @@ class Trace:
         _open.set(tuple(trace for trace in _open.get() if trace is not self))
 
     def get(self, name: str) -> mx.array | None:
-        """What was saved as ``name``, or None."""
+        """What was saved as `name`, or None."""
         return self.saved_values.get(name)
 
     def get_activation(self, name: str | Site) -> mx.array:
@@ -103,7 +110,8 @@ class Trace:
         return f"Trace(saved_values={len(self.saved_values)}, activations={len(self.activations)})"
 
     def _names(self, done: Captured) -> dict[str, Site]:
-        paths = {site: self.model.architecture.path(site) for site in done}
+        known = self.model.architecture.all_sites
+        paths = {site: known.get(site) for site in done}
         whole = self._capture is None
         return {
             self._name(site, path): site
@@ -115,8 +123,8 @@ class Trace:
         return f"model.{path}" if path else str(site)
 
 
-def current_trace(model: InterpretableModel) -> Trace | None:
-    """The innermost open trace of ``model`` in this context."""
+def current_trace(model: Traceable) -> Trace | None:
+    """The innermost open trace of `model` in this context."""
     return next((trace for trace in reversed(_open.get()) if trace.model is model), None)
 
 
@@ -126,7 +134,7 @@ class OutputProxy:
     Reading it outside a trace is a `RuntimeError`.
     """
 
-    def __init__(self, model: InterpretableModel, name: str) -> None:
+    def __init__(self, model: Traceable, name: str) -> None:
         self._model = model
         self._name = name
         self._trace = current_trace(model)
@@ -142,7 +150,7 @@ class OutputProxy:
         return trace.activations[self._name]
 
     def save(self) -> mx.array:
-        """The activation, also kept in the trace's ``saved_values``."""
+        """The activation, also kept in the trace's `saved_values`."""
         value = self.value
         trace = self._trace or current_trace(self._model)
         key = OUTPUT if self._name == OUTPUT else f"{self._name}.output"
@@ -163,6 +171,9 @@ class OutputProxy:
 
     def __len__(self) -> int:
         return len(self.value)
+
+    def __mlx_array__(self) -> mx.array:
+        return self.value
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         value = self.value
@@ -202,9 +213,9 @@ for _name, _operation in (("neg", operator.neg), ("abs", abs), ("bool", bool), (
 
 
 class ModuleProxy:
-    """A module of a block, or one of its components; ``.output`` is its activation in the open trace."""
+    """A module of a block, or one of its components; `.output` is the activation there."""
 
-    def __init__(self, model: InterpretableModel, name: str, module: nn.Module | None) -> None:
+    def __init__(self, model: Traceable, name: str, module: nn.Module | None) -> None:
         object.__setattr__(self, "_model", model)
         object.__setattr__(self, "_name", name)
         object.__setattr__(self, "_module", module)
@@ -256,7 +267,7 @@ class ModuleProxy:
 class LayerListProxy:
     """The blocks of a model by number, from the end too, or as slices."""
 
-    def __init__(self, model: InterpretableModel) -> None:
+    def __init__(self, model: Traceable) -> None:
         self._model = model
         self._layers = model.architecture.blocks
 

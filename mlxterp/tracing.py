@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from .architecture import Architecture, Place
-from .dataflow import (
+from mlxterp.architecture import Architecture, Place
+from mlxterp.hooks import (
+    Hooks,
     Key,
     array_arguments,
     first_array,
@@ -19,9 +19,8 @@ from .dataflow import (
     with_argument,
     with_first_array,
 )
-from .hooks import Hooks
-from .interventions import takes_context
-from .sites import Site
+from mlxterp.interventions import takes_context
+from mlxterp.sites import Site
 
 Edit = Callable[..., mx.array]
 Spelling = str | Site
@@ -29,11 +28,12 @@ Spelling = str | Site
 
 @dataclass(frozen=True)
 class EditContext:
-    """Where an edit takes place: ``positions [S]`` are absolute, ``mask [B, S]`` is True at real
-    tokens, ``step`` counts the generated tokens (0 in the prompt), ``phase`` is prefill or decode."""
+    """Where an edit takes place: `positions [S]` are absolute, `mask [B, S]` is True at real
+    tokens, `step` counts the generated tokens (0 in the prompt), `phase` is prefill or decode.
+    `positions` is None where a cache was given that does not count its tokens."""
 
     site: Site
-    positions: mx.array
+    positions: mx.array | None
     step: int = 0
     phase: str = "prefill"
     mask: mx.array | None = None
@@ -45,10 +45,10 @@ class EditContext:
 
 
 class Captured(Mapping[Site, mx.array]):
-    """Activations ``[B, S, ...]`` by site, in call order, looked up by any spelling of the site.
+    """Activations `[B, S, ...]` by site, in call order, looked up by any spelling of the site.
 
-    ``output`` is what the model returned (None where the run was stopped early), ``tokens`` its
-    input and ``mask [B, S]`` True at real tokens.
+    `output` is what the model returned (None where the run was stopped early), `tokens` its
+    input and `mask [B, S]` True at real tokens.
     """
 
     def __init__(
@@ -84,20 +84,19 @@ class Captured(Mapping[Site, mx.array]):
 
 
 class Stop(BaseException):
-    """Ends a forward pass after its last captured site; no ``except Exception`` may swallow it."""
+    """Ends a forward pass after its last captured site; no `except Exception` may swallow it."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to hold and what to change in a pass; a site that may be missing is ``optional``."""
+    """What to hold and what to change in a pass; a site that may be missing is `optional`."""
 
     capture: tuple[Site, ...] = ()
     edits: Mapping[Site, tuple[Edit, ...]] = field(default_factory=dict)
     optional: bool = False
 
-    def sites(self) -> Iterable[Site]:
-        """All sites that the pass visits."""
-        return dict.fromkeys((*self.edits, *self.capture))
+    def __bool__(self) -> bool:
+        return bool(self.capture or self.edits)
 
 
 def make_plan(
@@ -117,8 +116,18 @@ def make_plan(
     return Plan(tuple(sites), edits)
 
 
+@dataclass
+class _Visits:
+    """The sites that one module's input, or its output, is edited for and captured for."""
+
+    edits: list[tuple[Site, Place]] = field(default_factory=list)
+    captures: list[tuple[Site, Place]] = field(default_factory=list)
+    argument: Key | None = None
+    keep: bool = False  # the input, because a later site of the block is a sum with it
+
+
 class Pass:
-    """One forward pass after another: the hooks, what the current one holds, whether it may stop."""
+    """One forward pass after another: its hooks, and what the current one holds."""
 
     def __init__(self, architecture: Architecture, plan: Plan, stop: bool = False) -> None:
         self.hooks = Hooks()
@@ -162,49 +171,49 @@ class Pass:
             missed = {*missed, *(set(self._plan.edits) - self._edited)}
         if missed:
             raise RuntimeError(
-                f"the forward pass did not reach {', '.join(sorted(map(str, missed)))}. If the model "
-                "was compiled, or changed after InterpretableModel wrapped it, wrap it again"
+                f"the forward pass did not reach {', '.join(sorted(map(str, missed)))}. If the "
+                "model was compiled, or changed after InterpretableModel wrapped it, wrap it again"
             )
 
     def _add_hooks(self, architecture: Architecture) -> None:
         modules: dict[int, nn.Module] = {}
-        inputs: dict[int, list[tuple[Site, Place]]] = {}
-        outputs: dict[int, list[tuple[Site, Place]]] = {}
-        streams: dict[int, Key | None] = {}
-        for site in self._plan.sites():
-            place = architecture.place(site)
-            key = id(place.module)
-            modules[key] = place.module
-            (inputs if place.is_input else outputs).setdefault(key, []).append((site, place))
-            if place.stream is not None:
-                modules[id(place.stream)] = place.stream
-                streams[id(place.stream)] = place.argument
-        for key in {**inputs, **streams}:
-            visits = inputs.get(key, [])
-            argument = visits[0][1].argument if visits else streams[key]
-            hook = self._input_hook(visits, argument, key if key in streams else None)
-            self.hooks.add_before(modules[key], hook)
+        inputs: dict[int, _Visits] = {}
+        outputs: dict[int, _Visits] = {}
+        for sites, is_edit in ((self._plan.edits, True), (self._plan.capture, False)):
+            for site in sites:
+                place = architecture.place(site)
+                key = id(place.module)
+                modules[key] = place.module
+                visits = (inputs if place.is_input else outputs).setdefault(key, _Visits())
+                visits.argument = place.argument
+                (visits.edits if is_edit else visits.captures).append((site, place))
+                if place.stream is not None:
+                    modules[id(place.stream)] = place.stream
+                    stream = inputs.setdefault(id(place.stream), _Visits())
+                    stream.argument, stream.keep = place.argument, True
+        for key, visits in inputs.items():
+            self.hooks.add_before(modules[key], self._input_hook(visits, key))
         for key, visits in outputs.items():
-            visits.sort(key=_depth)
+            visits.edits.sort(key=_depth)
             self.hooks.add_after(modules[key], self._output_hook(visits))
 
     def _input_hook(
-        self, visits: list[tuple[Site, Place]], argument: Key | None, stream: int | None
+        self, visits: _Visits, module: int
     ) -> Callable[[tuple, dict], tuple[tuple, dict]]:
         def before(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             arrays = array_arguments(args, kwargs)
-            key = argument if argument in arrays else stream_argument(arrays)
+            key = visits.argument if visits.argument in arrays else stream_argument(arrays)
             if key is None:
                 return args, kwargs
             array = arrays[key]
             changed = self._visit(array, visits)
-            if stream is not None:
-                self._streams[stream] = changed
+            if visits.keep:
+                self._streams[module] = changed
             return (args, kwargs) if changed is array else with_argument(args, kwargs, key, changed)
 
         return before
 
-    def _output_hook(self, visits: list[tuple[Site, Place]]) -> Callable[[Any], Any]:
+    def _output_hook(self, visits: _Visits) -> Callable[[Any], Any]:
         def after(output: Any) -> Any:
             array = first_array(output)
             if array is None:
@@ -214,19 +223,15 @@ class Pass:
 
         return after
 
-    def _visit(self, array: mx.array, visits: list[tuple[Site, Place]]) -> mx.array:
-        """``array`` after the edits of all sites here; what they capture is seen after them."""
-        for site, place in visits:
-            if site in self._plan.edits:
-                array = self._write(place, self._edit(site, self._read(place, array)))
-        for site, place in visits:
-            if site in self._captured:
-                self.activations[site] = self._read(place, array)
+    def _visit(self, array: mx.array, visits: _Visits) -> mx.array:
+        """`array` after the edits of all sites here; what they capture is seen after them."""
+        for site, place in visits.edits:
+            value = self._read(place, array)
+            edited = self._edit(site, value)
+            array = array if edited is value else self._write(place, edited)
+        for site, place in visits.captures:
+            self.activations[site] = self._read(place, array)
         return array
-
-    @cached_property
-    def _captured(self) -> frozenset[Site]:
-        return frozenset(self._plan.capture)
 
     def _read(self, place: Place, array: mx.array) -> mx.array:
         array = array if place.scale == 1 else array * place.scale
@@ -284,11 +289,9 @@ def _checked(site: Site, edited: Any, value: mx.array) -> mx.array:
 
 
 def _with_context(site: Site, function: Any) -> Edit:
-    if not callable(function):
+    if not isinstance(function, Callable):
         raise TypeError(f"the edit of {site} must be a function, not {type(function).__name__}")
-    if not takes_context(function):
-        return lambda value, context: function(value)
-    return function
+    return function if takes_context(function) else lambda value, context: function(value)
 
 
 def run(
@@ -300,17 +303,22 @@ def run(
     stop: bool = False,
     **kwargs: Any,
 ) -> Captured:
-    """One forward pass by ``plan``; other arguments go to the model."""
+    """One forward pass by `plan`; other arguments go to the model."""
     if stop and not plan.capture:
-        raise ValueError("stop=True ends the pass after the last captured site: name it in capture=")
+        raise ValueError(
+            "stop=True ends the pass after the last captured site: name it in capture="
+        )
     forward = Pass(architecture, plan, stop)
     forward.begin(_positions(tokens, kwargs.get("cache")) if plan.edits else None, mask=mask)
-    output = forward.call(architecture.model, tokens, **kwargs)
+    try:
+        output = forward.call(architecture.model, tokens, **kwargs)
+    finally:
+        forward.hooks.clear()  # or the cycle keeps every captured array until it is collected
     return Captured(forward.activations, architecture, output, tokens, mask)
 
 
 def _positions(tokens: mx.array, cache: Any) -> mx.array | None:
-    """The absolute positions of ``tokens``; None where the cache does not say what it holds."""
+    """The absolute positions of `tokens`; None where the cache does not say what it holds."""
     if tokens.ndim < 2:
         return None
     offset = 0 if cache is None else cache_offset(cache)
@@ -346,7 +354,7 @@ def gradients(
     mask: mx.array | None = None,
     **kwargs: Any,
 ) -> Gradients:
-    """Differentiate ``metric(logits)`` (or of logits and `Captured`) by the captured activations."""
+    """Differentiate `metric(logits)` (or of logits and `Captured`) by the captured activations."""
     takes_captured = takes_context(metric)
 
     def forward(deltas: Sequence[mx.array]) -> tuple[mx.array, list[mx.array]]:
@@ -366,6 +374,8 @@ def gradients(
     (value, activations), slopes = mx.value_and_grad(forward)(zeros)
     return Gradients(
         value,
-        Captured(dict(zip(plan.capture, activations, strict=True)), architecture, None, tokens, mask),
+        Captured(
+            dict(zip(plan.capture, activations, strict=True)), architecture, None, tokens, mask
+        ),
         Captured(dict(zip(plan.capture, slopes, strict=True)), architecture, None, tokens, mask),
     )

@@ -115,8 +115,7 @@ def test_an_edit_of_any_component_reaches_the_logits(model_type):
         np.testing.assert_allclose(
             edited[site], before + 0.5 + before[..., ::-1], rtol=1e-4, atol=1e-4
         )
-    same = model.run(TOKENS, edit={site: lambda x: x for site in components(model, layer)
-                                   if site.component != "resid_mid"})  # fmt: skip
+    same = model.run(TOKENS, edit={site: lambda x: x for site in components(model, layer)})
     assert mx.array_equal(same.output, plain_logits(model_type))
 
 
@@ -169,6 +168,8 @@ def test_unembedding_the_last_stream_gives_the_logits(model_type):
 
 def test_many_architectures_are_covered():
     asked = "llama qwen2 qwen3 gemma2 gemma3_text gpt2 gpt_neox phi phi3 mixtral olmoe qwen3_moe "
-    asked += "deepseek_v2 mamba mamba2 jamba nemotron_h qwen3_next olmo2 cohere2 dbrx exaone gpt_oss"
+    asked += (
+        "deepseek_v2 mamba mamba2 jamba nemotron_h qwen3_next olmo2 cohere2 dbrx exaone gpt_oss"
+    )
     assert {*asked.split(), "llama_quantized"} <= set(MODEL_TYPES)
     assert len(MODEL_TYPES) >= 45

@@ -14,7 +14,7 @@ from mlxterp.sae import analysis, evals, steering, visualization
 from mlxterp.sae.coder import Columns, SparseCoder
 from mlxterp.sae.dataset import ActivationDataset
 from mlxterp.sae.files import write_directory
-from mlxterp.sae.harvest import ActivationSource
+from mlxterp.sae.harvest import ActivationSource, find_site
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
@@ -221,9 +221,13 @@ class BaseSAE(SparseCoder):
         if trained_on is not None and trained_on != model.fingerprint:
             reasons.append(f"it was trained on other weights ({self.metadata.model.get('name')})")
         if layer is not None:
-            site = str(model.site(layer, component or "mlp"))
-            if site not in self.reads.names:
-                reasons.append(f"it reads {', '.join(self.reads.names)}, not {site}")
+            try:
+                site = str(find_site(model, layer, component))
+            except ValueError as error:
+                reasons.append(str(error))
+            else:
+                if site not in self.reads.names:
+                    reasons.append(f"it reads {', '.join(self.reads.names)}, not {site}")
         return Compatibility(tuple(reasons))
 
     def to_config(self) -> dict[str, Any]:

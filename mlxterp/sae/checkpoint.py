@@ -39,8 +39,13 @@ def load_sae(path: str | Path) -> BaseSAE:
             f"{FORMAT_VERSION}."
         )
     coder = _empty_coder(path / CONFIG_FILE)
-    metadata = Metadata.from_dict(read_json(path / "metadata.json"))
-    statistics = Statistics.from_dict(read_json(path / "statistics.json"))
+    metadata = _described(Metadata, path / "metadata.json")
+    statistics = _described(Statistics, path / "statistics.json")
+    if len(statistics.firing_rates) not in (0, coder.n_features):
+        raise ValueError(
+            f"{path / 'statistics.json'}: 'firing_rates' must have {coder.n_features} entries or "
+            f"none, got {len(statistics.firing_rates)}."
+        )
     for file, names in ARRAYS.items():
         shapes = {name: tuple(coder[name].shape) for name in names}
         for name, array in read_arrays(path / file, shapes).items():
@@ -49,9 +54,21 @@ def load_sae(path: str | Path) -> BaseSAE:
     return coder
 
 
+def _described(kind: type[Metadata] | type[Statistics], file: Path) -> Any:
+    empty = kind().to_dict()
+    values = read_json(file, tuple(empty))
+    for key, value in empty.items():
+        if not isinstance(values[key], type(value)):
+            raise ValueError(f"{file}: {key!r} must be a {type(value).__name__}.")
+    try:
+        return kind.from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: {error}.") from None
+
+
 def _empty_coder(file: Path) -> BaseSAE:
     config = read_json(file, ("kind", "reads", "writes", "n_features", "activation_function"))
-    if config["kind"] not in KINDS:
+    if config["kind"] not in list(KINDS):
         raise ValueError(f"{file}: 'kind' must be one of {sorted(KINDS)}, got {config['kind']!r}.")
     try:
         return KINDS[config["kind"]](
@@ -60,7 +77,7 @@ def _empty_coder(file: Path) -> BaseSAE:
             int(config["n_features"]),
             **config["activation_function"],
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{file} does not describe a coder: {error}") from None
 
 

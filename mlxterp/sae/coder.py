@@ -73,7 +73,7 @@ class SparseCoder(nn.Module):
         k: int = 100,
     ):
         super().__init__()
-        if not 1 <= k <= n_features:
+        if k != int(k) or not 1 <= k <= n_features:
             raise ValueError(f"k must be in [1, n_features = {n_features}], got {k}.")
         if activation_function not in ACTIVATION_FUNCTIONS:
             raise ValueError(

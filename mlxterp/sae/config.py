@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import InitVar, asdict, dataclass, fields
 from typing import Any, Literal
+
+RECOMMENDED_TRAINING_TOKENS = 4_000_000
 
 LearningRateSchedule = Literal["constant", "linear", "cosine"]
 
@@ -108,13 +111,22 @@ class SAEConfig:
 
     @classmethod
     def recommended(cls, d_in: int, n_tokens: int) -> SAEConfig:
-        """The recipe for a site of width `d_in` and `n_tokens` tokens of data."""
+        """The recipe for a site of width `d_in` and `n_tokens` tokens of data.
+
+        From the sweeps in `benchmarks/RESULTS.md`, measured at width 128: the number of passes, the
+        batch size, and a learning rate that falls with the square root of the number of features
+        (as in arXiv 2406.04093) and of small batches.
+        """
+        factor = cls.expansion_factor
+        batch_size = 256 if n_tokens < 100_000 else 1024 if n_tokens < 5_000_000 else 4096
+        rate = 4e-3 * math.sqrt(2048 / (factor * d_in)) * math.sqrt(min(1.0, batch_size / 1024))
         return cls(
-            k=max(1, min(16 * d_in, round(d_in / 8), 64)),
-            learning_rate=4e-3,
-            batch_size=1024,
-            num_epochs=max(1, min(10, round(4_000_000 / n_tokens))),
+            k=min(max(d_in // 8, min(8, d_in)), 64),
+            learning_rate=float(f"{min(rate, 8e-3):.2g}"),
+            batch_size=batch_size,
+            num_epochs=min(40, max(1, round(RECOMMENDED_TRAINING_TOKENS / max(1, n_tokens)))),
             resample_dead_every=0,
+            warmup_steps=100,
         )
 
     def replace(self, **changes: Any) -> SAEConfig:

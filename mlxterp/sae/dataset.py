@@ -13,16 +13,16 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from mlxterp.sae.coder import Columns
-from mlxterp.sae.harvest import ActivationSource, Corpus, harvest, rows_per_forward
+from mlxterp.sae.harvest import ActivationSource, Corpus, find_site, harvest, rows_per_forward
 
 DEFAULT_CONTEXT = 256
 DEFAULT_BUFFER_BYTES = 4 << 30
 
 
 def shuffle_buffer(
-    chunks: Iterator[mx.array], capacity: int, batch_size: int, rng: np.random.Generator
+    chunks: Iterator[mx.array], capacity: int, batch_size: int, rng: np.random.Generator | None
 ) -> Iterator[mx.array]:
-    """Batches of rows drawn at random from a buffer of `capacity` rows.
+    """Batches of rows drawn at random from a buffer of `capacity` rows; in order without `rng`.
 
     The buffer is filled, shuffled, emptied by half, and filled again; what is left when the chunks
     end is emitted to the last row, so the final batch may be smaller.
@@ -34,16 +34,21 @@ def shuffle_buffer(
         size += len(chunk)
         if size < max(capacity, batch_size):
             continue
-        buffer = mx.concatenate(held)[mx.array(rng.permutation(size))]
+        buffer = _joined(held, rng)
         n_emitted = max(1, size // 2 // batch_size) * batch_size
         for start in range(0, n_emitted, batch_size):
             yield buffer[start : start + batch_size]
         held = [mx.contiguous(buffer[n_emitted:])]
         size -= n_emitted
     if size:
-        buffer = mx.concatenate(held)[mx.array(rng.permutation(size))]
+        buffer = _joined(held, rng)
         for start in range(0, size, batch_size):
             yield buffer[start : start + batch_size]
+
+
+def _joined(chunks: list[mx.array], rng: np.random.Generator | None) -> mx.array:
+    rows = mx.concatenate(chunks)
+    return rows if rng is None else rows[mx.array(rng.permutation(len(rows)))]
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,7 @@ class ActivationDataset:
         model: ActivationSource,
         texts: Iterable[str],
         layer: Any,
-        component: str | None = "mlp",
+        component: str | None = None,
         *,
         context_length: int | None = None,
         max_samples: int | None = None,
@@ -105,13 +110,14 @@ class ActivationDataset:
     ) -> ActivationDataset:
         """Activations of a model over texts.
 
-        `layer` and `component` name the site; a list of sites as `layer` joins several. Texts are
+        `layer` and `component` (`mlp` where none is given) name the site; `layer` may also be the
+        site's whole name, or a list that joins several. Texts are
         packed back to back into contexts of `context_length` tokens (default: 256, or what the
         model takes). `max_samples` bounds the number of tokens. Special tokens are left out.
         Raises `ValueError` for an empty dataset and for a site that does not exist.
         """
-        sites = layer if isinstance(layer, (list, tuple)) else [model.site(layer, component)]
-        sites = [model.site(site) for site in sites]
+        sites = layer if isinstance(layer, (list, tuple)) else [layer]
+        sites = [find_site(model, site, component) for site in sites]
         columns = Columns(tuple(map(str, sites)), tuple(model.width(site) for site in sites))
         context = _context_length(model, context_length)
         if max_samples is not None and max_samples < 1:
@@ -184,10 +190,9 @@ class ActivationDataset:
         n_held_out = min(max(1, round(n * validation)), n - 1)
         order = mx.array(np.random.default_rng(seed).permutation(n))
         array = self._array()
-        return (
-            self._like(activations=array[order[n_held_out:]]),
-            self._like(activations=array[order[:n_held_out]]),
-        )
+        training = self._like(activations=array[order[n_held_out:]])
+        training.n_skipped = self.n_skipped
+        return training, self._like(activations=array[order[:n_held_out]])
 
     def batches(
         self,
@@ -212,8 +217,8 @@ class ActivationDataset:
 
     def _pass(self, batch_size: int, rng: np.random.Generator, start: int) -> Iterator[mx.array]:
         if not self.in_memory:
-            chunks = (chunk for chunk, _ in harvest(*self._harvest_arguments(rng)))
-            yield from shuffle_buffer(chunks, self._capacity, batch_size, rng)
+            mixing = rng if self.shuffle else None
+            yield from shuffle_buffer(self._harvest(rng), self._capacity, batch_size, mixing)
             return
         array = self._array()
         order = rng.permutation(len(array)) if self.shuffle else np.arange(len(array))
@@ -230,24 +235,25 @@ class ActivationDataset:
     def _capacity(self) -> int:
         return max(1, self.buffer_bytes // (4 * self.columns.width)) if self.shuffle else 1
 
-    def _harvest_arguments(self, rng: np.random.Generator | None) -> tuple[Any, ...]:
+    def _harvest(self, rng: np.random.Generator | None) -> Iterator[mx.array]:
+        """One pass through the language model; what had to be left out is counted at its end."""
         assert self.source is not None and self.corpus is not None
-        n = len(self.corpus.rows[0])
-        order = rng.permutation(n) if rng is not None and self.shuffle else np.arange(n)
-        return self.source, self.corpus, self.columns, order
+        n_rows, n_found = len(self.corpus.rows[0]), 0
+        order = rng.permutation(n_rows) if rng is not None and self.shuffle else np.arange(n_rows)
+        for chunk, _ in harvest(self.source, self.corpus, self.columns, order):
+            n_found += len(chunk)
+            yield chunk
+        self._set_skipped(self.corpus.n_tokens - n_found, self.corpus.n_tokens)
 
     def _array(self) -> mx.array:
         """All activations, computed at the first call."""
         if self._activations is None:
-            n = self.n_tokens
-            bar = tqdm(total=n, desc="activations", unit="tok", disable=not self.verbose)
-            chunks = []
-            with bar:
-                for chunk, _ in harvest(*self._harvest_arguments(None)):
+            total, chunks = self.n_tokens, []
+            with tqdm(total=total, desc="activations", unit="tok", disable=not self.verbose) as bar:
+                for chunk in self._harvest(None):
                     mx.eval(chunk)
                     chunks.append(chunk)
                     bar.update(len(chunk))
-            self._set_skipped(n - sum(map(len, chunks)), n)
             self._activations = mx.concatenate(chunks)
             mx.eval(self._activations)
         return self._activations
@@ -285,7 +291,8 @@ class ActivationDataset:
         parts = (owners[order[i : i + step]].reshape(-1) for i in range(0, len(order), step))
         chunks = (mx.array(part[part >= 0]) for part in parts)
         capacity = self.n_tokens if self.in_memory and self.shuffle else self._capacity
-        batches = shuffle_buffer(chunks, capacity, batch_size, rng)
+        mixing = rng if self.shuffle else None
+        batches = shuffle_buffer(chunks, capacity, batch_size, mixing)
         counts = [len(set(batch.tolist())) for batch in itertools.islice(batches, n_batches)]
         return float(np.mean(counts))
 

@@ -141,9 +141,12 @@ def loss_recovered(
 
 
 def _mean_activation(dataset: ActivationDataset) -> mx.array:
-    batches = list(dataset.batches(BATCH_TOKENS))
-    total = sum(batch.astype(mx.float32).sum(axis=0) for batch in batches)
-    return total / sum(map(len, batches))
+    total, n = mx.zeros((dataset.columns.width,)), 0
+    for batch in dataset.batches(BATCH_TOKENS):
+        total += batch.astype(mx.float32).sum(axis=0)
+        n += len(batch)
+        mx.eval(total)
+    return total / n
 
 
 def _replace(function: Any, counts: mx.array) -> Any:

@@ -44,8 +44,13 @@ def _replace(path: Path, new: Path) -> None:
         new.rename(path)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-    path.rename(old / path.name)
-    new.rename(path)
+    kept = path.rename(old / path.name)
+    try:
+        new.rename(path)
+    except BaseException:
+        kept.rename(path)
+        old.rmdir()
+        raise
     shutil.rmtree(old)
 
 
@@ -80,7 +85,7 @@ def read_arrays(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, 
                 found = tuple(header.get_shape())
                 if found != shape:
                     raise ValueError(f"{path}: {key!r} must have shape {shape}, got {found}.")
-                if header.get_dtype() not in ("F32", "F16", "BF16", "I32"):
+                if header.get_dtype() not in ("F32", "F16", "BF16"):
                     raise ValueError(f"{path}: {key!r} has type {header.get_dtype()}.")
     except FileNotFoundError:
         raise ValueError(f"{path} is missing.") from None

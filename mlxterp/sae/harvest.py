@@ -44,6 +44,13 @@ class ActivationSource(Protocol):
     def unembed(self, hidden: mx.array) -> mx.array: ...
 
 
+def find_site(source: ActivationSource, layer: Any, component: str | None = None) -> Any:
+    """The site of a layer and component, `mlp` where none is given, or of a whole name."""
+    if component is None and isinstance(layer, int):
+        component = "mlp"
+    return source.site(layer, component)
+
+
 @dataclass(frozen=True)
 class Corpus:
     """Tokenised documents, packed into contexts of equal length.
@@ -67,7 +74,7 @@ class Corpus:
         """
         documents, bos, total = [], None, 0
         for chunk in _chunks(texts):
-            for ids in source.encode_batch(chunk):
+            for ids in source.encode_batch([text for text in chunk if text]):
                 if ids and ids[0] in source.special_token_ids:
                     bos = ids[0]
                 body = _without_special_ends(ids, source.special_token_ids)

@@ -39,5 +39,6 @@ def read_checkpoint(
     path: Path, shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[dict[str, Any], dict[str, mx.array]]:
     """The run's description and its arrays; raises `ValueError` for files that do not fit."""
-    keys = ("step", "n_dead", "seconds", "random_state", "config", "training", "validation")
+    keys = ("step", "n_steps", "n_dead", "seconds", "random_state")
+    keys += ("config", "training", "validation")
     return read_json(path / RUN_FILE, keys), read_arrays(path / STATE_FILE, shapes)

@@ -11,7 +11,7 @@ from mlxterp.sae.callbacks import Callback, ProgressBar
 from mlxterp.sae.coder import Columns
 from mlxterp.sae.config import SAEConfig
 from mlxterp.sae.dataset import ActivationDataset
-from mlxterp.sae.harvest import ActivationSource
+from mlxterp.sae.harvest import ActivationSource, find_site
 from mlxterp.sae.trainer import Trainer
 from mlxterp.version import __version__
 
@@ -102,7 +102,7 @@ class SAETrainer:
         self,
         model: ActivationSource,
         layer: Any,
-        component: str = "mlp",
+        component: str | None = None,
         dataset: ActivationDataset | Iterable[str] = (),
         config: SAEConfig | None = None,
         validation_split: float | None = None,
@@ -112,7 +112,8 @@ class SAETrainer:
     ) -> SAE:
         """An SAE of one site of a model, from texts or a dataset; saved if a path is given.
 
-        `component` is `mlp`, `attn`, `residual` or any other of `model.sites()`. The result
+        `component` is `mlp` (where none is given), `attn`, `residual` or any other of
+        `model.sites()`; `layer` may also be the whole name of a site. The result
         remembers the model and the data. Raises `ValueError` for a site that does not exist and
         for an empty dataset.
         """
@@ -120,7 +121,7 @@ class SAETrainer:
             dataset = ActivationDataset.from_texts(
                 model, dataset, layer, component, verbose=verbose
             )
-        site = str(model.site(layer, component))
+        site = str(find_site(model, layer, component))
         if dataset.columns.names != (site,):
             raise ValueError(f"dataset holds {dataset.columns.names}, the SAE is to read {site}.")
         config = config or self.config or SAEConfig.recommended(dataset.columns.width, len(dataset))

@@ -95,8 +95,8 @@ def initial_state(params: dict[str, mx.array]) -> State:
         "fired_before": mx.full((n_features,), mx.inf),
         "counted": mx.array(0.0),
         "counted_before": mx.array(0.0),
-        "skipped": mx.array(0),
-        "skipped_in_a_row": mx.array(0),
+        "skipped": mx.array(0.0),
+        "skipped_in_a_row": mx.array(0.0),
         "sums": zero_sums(),
     }
 
@@ -149,7 +149,11 @@ def resample(
     weights = np.array((y_hat - y).square().sum(axis=-1).square(), dtype=np.float64)
     if len(dead) == 0 or not np.isfinite(weights).all() or weights.sum() <= 0:
         return state
-    drawn = mx.array(rng.choice(len(weights), size=len(dead), p=weights / weights.sum()))
+    # Two features made of one token would stay the same for ever.
+    repeat = len(dead) > np.count_nonzero(weights)
+    drawn = mx.array(
+        rng.choice(len(weights), size=len(dead), replace=repeat, p=weights / weights.sum())
+    )
     rows = mx.array(dead)
     alive = 1 - mx.zeros((coder.n_features,)).at[rows].add(1.0)
     norms = mx.linalg.norm(W_enc, axis=-1)
@@ -232,7 +236,7 @@ def _update(state: State, gradients: dict[str, mx.array], lr: mx.array, clip: fl
             p_new = _unit_rows(p_new)
         for part, new, old in (("params", p_new, p), ("m", m_new, m), ("v", v_new, v)):
             updated[part][name] = mx.where(good, new, old)
-    skipped = mx.where(good, 0, 1)
+    skipped = mx.where(good, 0.0, 1.0)
     return {
         **state,
         **updated,

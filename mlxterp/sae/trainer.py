@@ -56,11 +56,11 @@ class TrainingResult:
     seconds: float
 
     def __repr__(self) -> str:
-        last = (self.validation or self.training)[-1]
-        return (
-            f"TrainingResult(tokens={self.n_tokens:,}, seconds={self.seconds:.0f}, "
-            f"fvu={last['fvu']:.4f}, l0={last['l0']:.1f}, dead={100 * last['dead']:.1f}%)"
-        )
+        figures = f"tokens={self.n_tokens:,}, seconds={self.seconds:.0f}"
+        for last in (self.validation or self.training)[-1:]:
+            dead = f"{100 * last['dead']:.1f}%"
+            figures += f", fvu={last['fvu']:.4f}, l0={last['l0']:.1f}, dead={dead}"
+        return f"TrainingResult({figures})"
 
 
 def learning_rate(step: int, n_steps: int, config: SAEConfig) -> float:
@@ -74,6 +74,14 @@ def learning_rate(step: int, n_steps: int, config: SAEConfig) -> float:
     if config.lr_schedule == "linear":
         return config.learning_rate * min(1.0, (n_steps - step) / max(1, n_steps // 5))
     return config.learning_rate
+
+
+def _auxiliary_k(n_dead: int, d_out: int) -> int:
+    """Dead features used per token: all of them up to `d_out / 2`, rounded up to a power of 8 so
+    that few different steps are compiled."""
+    if n_dead == 0:
+        return 0
+    return min(8 ** math.ceil(math.log(max(n_dead, 8), 8) - 1e-9), max(1, d_out // 2))
 
 
 class Trainer:
@@ -104,15 +112,22 @@ class Trainer:
         """Train on every batch of every epoch and fold the normalisation into the coder.
 
         With `resume` the run goes on from its last checkpoint, if there is one, to the result that
-        it would have had. Raises `ValueError` for a checkpoint of other data or another config, and
+        it would have had. Raises `ValueError` for a checkpoint of other data or another config, for
+        a directory that holds checkpoints where `resume` is not set, and
         `TrainingError` where several steps in a row have a loss or gradient that is not finite;
         such steps never change the parameters.
         """
-        run = _Run(self.config, coder, dataset, validation, self.callbacks)
         directory = self.checkpoint_dir
         if resume and directory is None:
             raise ValueError("resume=True needs a checkpoint_dir.")
-        if resume and directory is not None and (saved := last_checkpoint(directory)) is not None:
+        saved = None if directory is None else last_checkpoint(directory)
+        if saved is not None and not resume:
+            raise ValueError(
+                f"{directory} holds {saved.name} of an earlier run: pass resume=True to go on with "
+                "it, or another checkpoint_dir."
+            )
+        run = _Run(self.config, coder, dataset, validation, self.callbacks)
+        if saved is not None:
             run.restore(saved)
         try:
             run.execute(directory)
@@ -139,14 +154,14 @@ class _Run:
         self.config, self.coder = config, coder
         self.dataset, self.validation = dataset, validation
         self.callbacks = callbacks
+        # First of all, because it finds the tokens that are left out of data kept in memory.
+        sample = self._sample()
         self.batch_size = min(config.batch_size, len(dataset))
         self.steps_per_epoch = len(dataset) // self.batch_size
         self.n_steps = config.num_epochs * self.steps_per_epoch
         self.window = self._window()
         columns = dataset.columns
-        self.normalisation = Normalisation.measure(
-            self._sample(), columns, config.normalize_activations
-        )
+        self.normalisation = Normalisation.measure(sample, columns, config.normalize_activations)
         self.state = initial_state(
             initial_params(coder, self.normalisation, columns, config.tied_weights, config.seed)
         )
@@ -157,6 +172,8 @@ class _Run:
         self.n_dead = 0
         self.step = 0
         self.seconds = 0.0
+        self.started = time.perf_counter()
+        self._complete()
 
     def notify(self, event: str, *arguments: Any) -> None:
         for callback in self.callbacks:
@@ -171,7 +188,7 @@ class _Run:
 
     def _sample(self) -> mx.array:
         batches, size = [], 0
-        for batch in self.dataset.batches(self.batch_size, seed=self.config.seed):
+        for batch in self.dataset.batches(self.config.batch_size, seed=self.config.seed):
             batches.append(batch)
             size += len(batch)
             if size >= SAMPLE_TOKENS:
@@ -189,11 +206,14 @@ class _Run:
                 self.batch_size, epoch=epoch, seed=self.config.seed, start=start, drop_last=True
             ):
                 self._one_step(batch)
-                self._save_if_due(directory)
+                if self.step % self.steps_per_epoch:
+                    self._complete(directory)
             # Tokens that had to be left out can end an epoch a few batches early.
             self.step = (epoch + 1) * self.steps_per_epoch
             self._read()
             self._validate()
+            self._complete(directory)
+        self._fold()
         if directory is not None:
             self.save(directory)
 
@@ -210,10 +230,9 @@ class _Run:
             self._read()
 
     def _step(self) -> Step:
-        """The step for the present number of dead features, rounded up to few different sizes."""
-        largest = max(1, self.coder.d_out // 2)
-        wanted = 1 << (self.n_dead - 1).bit_length() if self.n_dead else 0
-        k = min(wanted, largest) if self.config.auxiliary_coefficient else 0
+        """The step for the present number of dead features."""
+        k = min(_auxiliary_k(self.n_dead, self.coder.d_out), self.coder.n_features)
+        k = k if self.config.auxiliary_coefficient else 0
         if k not in self.compiled:
             step = make_step(self.coder, self.dataset.columns, self.normalisation, self.config, k)
             on_cpu = mx.default_device() == mx.Device(mx.cpu)
@@ -270,9 +289,9 @@ class _Run:
         self.notify("on_train_loss_report", self.training[-1])
 
     def _validate(self) -> None:
-        """Fold the present parameters into the coder and measure it on held-out data."""
-        self.normalisation.fold(self.state["params"], self.dataset.columns, self.coder)
+        """Measure the coder, as it would be if the run ended now, on held-out data."""
         if self.validation is not None:
+            self._fold()
             measured = fidelity(self.coder, self.validation, max_tokens=VALIDATION_TOKENS)
             report = {"step": self.step, "tokens": self.step * self.batch_size}
             dead = self.n_dead / self.coder.n_features
@@ -280,8 +299,14 @@ class _Run:
             self.notify("on_val_loss_report", self.validated[-1])
             self.last_read = time.perf_counter()
 
+    def _fold(self) -> None:
+        self.normalisation.fold(self.state["params"], self.dataset.columns, self.coder)
+
     def result(self) -> TrainingResult:
-        fired = self.state["fired"] + self.state["fired_before"]
+        before = self.state["fired_before"]
+        if self.state["counted_before"].item() == 0:
+            before = mx.zeros_like(before)
+        fired = self.state["fired"] + before
         counted = self.state["counted"] + self.state["counted_before"]
         rates = mx.where(mx.isfinite(fired), fired / mx.maximum(counted, 1), 0)
         return TrainingResult(
@@ -292,24 +317,29 @@ class _Run:
             self.seconds + time.perf_counter() - self.started,
         )
 
-    def _save_if_due(self, directory: Path | None) -> None:
+    def _complete(self, directory: Path | None = None) -> None:
+        """Note the state between two steps, to which an interrupted step goes back; save if due."""
+        self.completed = (
+            dict(self.state),
+            {
+                "step": self.step,
+                "n_steps": self.n_steps,
+                "n_dead": self.n_dead,
+                "seconds": self.seconds + time.perf_counter() - self.started,
+                "random_state": self.rng.bit_generator.state,
+                "training": list(self.training),
+                "validation": list(self.validated),
+            },
+        )
         every = self.config.checkpoint_every
         if directory is not None and every and self.step % every == 0 and self.step < self.n_steps:
             self.save(directory)
 
     def save(self, directory: Path) -> None:
-        """Write everything that the rest of the run depends on."""
-        run = {
-            "step": self.step,
-            "n_dead": self.n_dead,
-            "seconds": self.seconds + time.perf_counter() - self.started,
-            "random_state": self.rng.bit_generator.state,
-            "config": self.config.to_dict(),
-            "training": self.training,
-            "validation": self.validated,
-        }
-        arrays = {**dict(tree_flatten(self.state)), "data_mean": self.normalisation.mean}
-        save_checkpoint(directory, self.step, run, arrays)
+        """Write everything that the rest of the run depends on, as of the last complete step."""
+        state, run = self.completed
+        arrays = {**dict(tree_flatten(state)), "data_mean": self.normalisation.mean}
+        save_checkpoint(directory, run["step"], {**run, "config": self.config.to_dict()}, arrays)
 
     def restore(self, saved: Path) -> None:
         """Take over the state written by `save`; raises `ValueError` where it is of another run."""
@@ -322,9 +352,11 @@ class _Run:
         changed = sorted(name for name in ours if theirs.get(name) != ours[name])
         if changed:
             raise ValueError(f"{saved} was written with another config; different: {changed}.")
-        if not mx.array_equal(arrays.pop("data_mean"), self.normalisation.mean):
+        same_mean = mx.array_equal(arrays.pop("data_mean"), self.normalisation.mean).item()
+        if not same_mean or run["n_steps"] != self.n_steps:
             raise ValueError(f"{saved} was written in a run on other data.")
         self.state = tree_unflatten(list(arrays.items()))
         self.step, self.n_dead, self.seconds = run["step"], run["n_dead"], run["seconds"]
         self.rng.bit_generator.state = run["random_state"]
         self.training, self.validated = run["training"], run["validation"]
+        self._complete()

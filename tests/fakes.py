@@ -1,0 +1,63 @@
+"""A stand-in for a language model where none is the point: one site, one character per token."""
+
+from collections.abc import Mapping
+
+import mlx.core as mx
+import numpy as np
+
+BOS, EOS, FIRST = 0, 1, 2
+SITE = "layers.0.mlp"
+VOCABULARY = FIRST + 95
+
+
+class Result(dict):
+    output: mx.array
+
+
+class FakeSource:
+    """Printable ASCII characters as tokens; column 0 of an activation is the token's id."""
+
+    name, fingerprint, n_layers = "fake", "f00d", 1
+    special_token_ids = frozenset({BOS, EOS})
+
+    def __init__(self, width=6, context_length=64, bos=True, not_finite="", head=0.0):
+        table = np.random.default_rng(0).normal(size=(VOCABULARY, width)).astype(np.float32)
+        table[:, 0] = np.arange(VOCABULARY)
+        table[self._ids(not_finite), -1] = np.nan
+        self.table, self.d_model = mx.array(table), width
+        self.context_length, self.bos, self.head = context_length, bos, head
+        self.passes = 0
+
+    def _ids(self, text):
+        return [FIRST + ord(character) - ord(" ") for character in text]
+
+    def encode_batch(self, texts):
+        if not self.bos and "" in texts:
+            raise ValueError("the text has no tokens: ''")
+        return [[BOS] * self.bos + self._ids(text) for text in texts]
+
+    def to_str_tokens(self, input):
+        ids = self.encode_batch([input])[0] if isinstance(input, str) else np.array(input).tolist()
+        return [chr(ord(" ") + i - FIRST) if i >= FIRST else "<s>" for i in ids]
+
+    def site(self, layer, component=None):
+        name = f"layers.{layer}.{component or 'resid_post'}" if isinstance(layer, int) else layer
+        if name != SITE:
+            raise ValueError(f"no site {name!r}")
+        return name
+
+    def width(self, site):
+        self.site(site)
+        return self.d_model
+
+    def run(self, tokens, *, capture=(), edit: Mapping | None = None, stop=False):
+        self.passes += 1
+        hidden = self.table[mx.array(tokens)]
+        for function in (edit or {}).values():
+            hidden = function(hidden)
+        result = Result({self.site(name): hidden for name in capture})
+        result.output = None if stop else self.unembed(hidden)
+        return result
+
+    def unembed(self, hidden):
+        return self.head * (hidden @ self.table.T)

@@ -1,0 +1,208 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlxterp.sae import SAE, load_sae
+from mlxterp.sae.base import Metadata, Statistics
+from mlxterp.sae.coder import Columns
+
+FILES = {
+    "config.json", "encoder.safetensors", "decoder.safetensors", "encoder_bias.safetensors",
+    "statistics.json", "metadata.json",
+}  # fmt: skip
+ARRAY_KEYS = [
+    ("encoder.safetensors", "W_enc"), ("decoder.safetensors", "W_dec"),
+    ("decoder.safetensors", "b_dec"), ("encoder_bias.safetensors", "b_enc"),
+]  # fmt: skip
+JSON_KEYS = [
+    ("config.json", key)
+    for key in ("format_version", "kind", "reads", "writes", "n_features", "activation_function")
+] + [
+    ("metadata.json", "model"), ("metadata.json", "config"), ("statistics.json", "firing_rates"),
+    ("statistics.json", "training"), ("statistics.json", "validation"),
+]  # fmt: skip
+
+
+def example(seed: int = 0) -> SAE:
+    columns = Columns(("layers.0.mlp",), (6,))
+    coder = SAE(columns, columns, 30, k=4)
+    rng = np.random.default_rng(seed)
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+        coder[name] = mx.array(rng.normal(size=coder[name].shape).astype(np.float32))
+    coder.metadata = Metadata(model={"name": "fake"}, config={"k": 4}, library_version="0")
+    coder.statistics = Statistics(({"step": 1, "fvu": 0.5},), (), rng.random(30).round(3))
+    return coder
+
+
+def inputs() -> mx.array:
+    return mx.array(np.random.default_rng(9).normal(size=(50, 6)).astype(np.float32))
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    return example().save(tmp_path / "sae.mlx")
+
+
+def change_json(path: Path, change) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_a_saved_coder_has_the_documented_files(saved):
+    assert {path.name for path in saved.iterdir()} == FILES
+
+
+def test_codes_are_the_same_bit_for_bit_after_loading(saved):
+    loaded = load_sae(saved)
+    assert type(loaded) is SAE and repr(loaded) == repr(example())
+    assert mx.array_equal(loaded.encode(inputs()), example().encode(inputs()))
+    assert mx.array_equal(loaded(inputs()), example()(inputs()))
+
+
+def test_codes_are_the_same_bit_for_bit_in_another_process(saved, tmp_path):
+    script = """
+import sys, mlxterp, numpy as np, mlx.core as mx
+from mlxterp.sae import load_sae
+x = mx.array(np.random.default_rng(9).normal(size=(50, 6)).astype(np.float32))
+np.save(sys.argv[2], np.array(load_sae(sys.argv[1]).encode(x)))
+"""
+    target = tmp_path / "codes.npy"
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-c", script, saved, target], check=True, cwd=root)
+    np.testing.assert_array_equal(np.load(target), np.array(example().encode(inputs())))
+
+
+def test_origin_and_statistics_come_back(saved):
+    loaded, original = load_sae(str(saved)), example()
+    assert loaded.metadata == original.metadata
+    assert loaded.statistics.training == original.statistics.training
+    np.testing.assert_allclose(loaded.statistics.firing_rates, original.statistics.firing_rates)
+
+
+def test_dead_features_are_listed_in_the_statistics():
+    rates = Statistics(firing_rates=np.array([0.1, 0.0, 0.25, 0.0]))
+    assert rates.to_dict()["dead_features"] == [1, 3]
+
+
+def test_saving_over_an_older_coder_replaces_it(saved):
+    example(seed=1).save(saved)
+    assert mx.array_equal(load_sae(saved).W_enc, example(seed=1).W_enc)
+
+
+def test_saving_over_another_directory_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds no config.json; it is not overwritten"):
+        example().save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_crash_while_saving_leaves_the_old_coder(saved, monkeypatch):
+    def crash(*arguments):
+        raise RuntimeError("power cut")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(mx, "save_safetensors", crash)
+        example(seed=1).save(saved)
+    assert [path.name for path in saved.parent.iterdir()] == ["sae.mlx"]
+    assert mx.array_equal(load_sae(saved).W_enc, example().W_enc)
+
+
+def test_nothing_at_a_path_is_an_error_with_the_path(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no saved coder at .*nowhere"):
+        load_sae(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("file", sorted(FILES))
+def test_a_missing_file_is_named(saved, file):
+    (saved / file).unlink()
+    with pytest.raises(ValueError, match=f"{file} is missing"):
+        load_sae(saved)
+
+
+@pytest.mark.parametrize("file", sorted(FILES))
+@pytest.mark.parametrize("kept", [0, 11, -3])
+def test_a_truncated_file_is_named(saved, file, kept):
+    (saved / file).write_bytes((saved / file).read_bytes()[:kept])
+    with pytest.raises(ValueError, match=f"{file} is (damaged|not valid)"):
+        load_sae(saved)
+
+
+@pytest.mark.parametrize(("file", "key"), JSON_KEYS)
+def test_a_missing_key_is_named_with_its_file(saved, file, key):
+    change_json(saved / file, lambda content: content.pop(key))
+    with pytest.raises(ValueError, match=f"{file} has no key '{key}'"):
+        load_sae(saved)
+
+
+@pytest.mark.parametrize(("file", "key"), ARRAY_KEYS)
+def test_a_missing_or_misshapen_array_is_named_with_its_file(saved, file, key):
+    arrays = mx.load(str(saved / file))
+    wrong = {**arrays, key: mx.zeros((7, 3))}
+    mx.save_safetensors(str(saved / file), wrong)
+    with pytest.raises(ValueError, match=rf"{file}: '{key}' must have shape .*, got \(7, 3\)"):
+        load_sae(saved)
+    del wrong[key]
+    mx.save_safetensors(str(saved / file), wrong or {"other": mx.zeros((1,))})
+    with pytest.raises(ValueError, match=f"{file} has no key '{key}'"):
+        load_sae(saved)
+
+
+def test_integers_in_place_of_weights_are_refused(saved):
+    mx.save_safetensors(str(saved / "encoder.safetensors"), {"W_enc": mx.zeros((30, 6), mx.int32)})
+    with pytest.raises(ValueError, match="encoder.safetensors: 'W_enc' has type I32"):
+        load_sae(saved)
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None])
+def test_an_unknown_version_is_named_beside_the_known_one(saved, version):
+    change_json(saved / "config.json", lambda content: content.update(format_version=version))
+    with pytest.raises(ValueError, match=f"config.json has format_version {version!r}.*reads 1"):
+        load_sae(saved)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "quilt"}, r"'kind' must be one of \['sae'\], got 'quilt'"),
+        ({"kind": ["sae"]}, "config.json"),
+        ({"n_features": 2}, r"k must be in \[1, n_features = 2\]"),
+        ({"n_features": "many"}, "does not describe a coder"),
+        ({"n_features": 10**30}, "does not describe a coder"),
+        ({"reads": [{"site": "layers.0.mlp", "width": 0}]}, "widths must be >= 1"),
+        ({"reads": []}, "widths must be >= 1"),
+        ({"reads": "layers.0.mlp"}, "does not describe a coder"),
+        ({"reads": [{"width": 6}]}, "does not describe a coder: 'site'"),
+        ({"writes": [{"site": "elsewhere", "width": 6}]}, "writes the one site that it reads"),
+        ({"activation_function": {"activation_function": "sigmoid", "k": 4}}, "got 'sigmoid'"),
+        ({"activation_function": {"activation_function": "topk", "k": 0}}, "got 0"),
+        ({"activation_function": {"activation_function": "topk", "k": 2.5}}, "k must be"),
+        ({"activation_function": {"name": "topk"}}, "does not describe a coder"),
+        ({"activation_function": "topk"}, "does not describe a coder"),
+    ],
+)
+def test_a_config_that_describes_no_coder_is_named(saved, change, message):
+    change_json(saved / "config.json", lambda content: content.update(change))
+    with pytest.raises(ValueError, match=message) as error:
+        load_sae(saved)
+    assert "config.json" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("statistics.json", {"firing_rates": ["a"]}),
+        ("statistics.json", {"firing_rates": [0.5] * 7}),
+        ("statistics.json", {"training": 3}),
+        ("metadata.json", {"model": "demo"}),
+    ],
+)
+def test_values_that_do_not_fit_are_named_by_file(saved, file, change):
+    change_json(saved / file, lambda content: content.update(change))
+    with pytest.raises(ValueError, match=file):
+        load_sae(saved)

@@ -1,0 +1,97 @@
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlxterp.sae.coder import Columns, SparseCoder
+
+AB = Columns(("a", "b"), (2, 3))
+
+
+def random_coder(reads=AB, writes=AB, n_features=20, k=4) -> SparseCoder:
+    coder = SparseCoder(reads, writes, n_features, k=k)
+    rng = np.random.default_rng(0)
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+        coder[name] = mx.array(rng.normal(size=coder[name].shape).astype(np.float32))
+    return coder
+
+
+def by_hand(coder: SparseCoder, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    W_enc, b_enc, W_dec, b_dec = (
+        np.array(coder[name], np.float64) for name in ("W_enc", "b_enc", "W_dec", "b_dec")
+    )
+    pre = x.astype(np.float64) @ W_enc.T + b_enc
+    smallest = np.sort(pre, axis=-1)[..., -coder.k, None]
+    z = np.where(pre >= smallest, np.maximum(pre, 0), 0)
+    return z, z @ W_dec + b_dec
+
+
+def test_columns_of_sites_lie_side_by_side():
+    joined = AB.join({"b": mx.ones((4, 3)), "a": mx.zeros((4, 2))})
+    assert joined[0].tolist() == [0, 0, 1, 1, 1]
+    assert AB.width == 5 and AB.slices == {"a": slice(0, 2), "b": slice(2, 5)}
+    assert AB.take(mx.arange(5)[None], ("b",)).tolist() == [[2, 3, 4]]
+    assert AB.take(mx.arange(5)[None], ("b", "a")).tolist() == [[2, 3, 4, 0, 1]]
+    assert AB.to_list() == [{"site": "a", "width": 2}, {"site": "b", "width": 3}]
+
+
+def test_a_missing_site_is_named():
+    with pytest.raises(ValueError, match=r"\['b'\] are missing; got \['a'\]"):
+        AB.join({"a": mx.zeros((4, 2))})
+
+
+@pytest.mark.parametrize("shape", [(5,), (7, 5), (2, 3, 5)])
+def test_codes_and_reconstructions_follow_the_formula(shape):
+    coder = random_coder()
+    x = np.random.default_rng(1).normal(size=shape).astype(np.float32)
+    z, y = by_hand(coder, x)
+    np.testing.assert_allclose(np.array(coder.encode(mx.array(x))), z, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(np.array(coder(mx.array(x))), y, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(np.array(coder.encode(x)), z, rtol=1e-4, atol=1e-5)
+    assert z.any() and (z != 0).sum(axis=-1).max() <= 4
+
+
+def test_a_mapping_of_sites_and_a_joined_array_have_the_same_code():
+    coder = random_coder()
+    x = mx.random.normal((6, 5), key=mx.random.key(0))
+    parts = {"b": x[:, 2:], "a": x[:, :2]}
+    assert mx.array_equal(coder.encode(parts), coder.encode(x))
+    assert mx.array_equal(coder(parts), coder(x))
+
+
+def test_a_coder_may_write_other_sites_than_it_reads():
+    coder = random_coder(reads=Columns(("a",), (2,)), writes=Columns(("b",), (3,)))
+    assert (coder.d_in, coder.d_out, coder.n_features, coder.k) == (2, 3, 20, 4)
+    assert coder(mx.ones((7, 2))).shape == (7, 3)
+
+
+def test_half_precision_is_encoded_in_the_precision_of_the_coder():
+    coder = random_coder()
+    x = mx.random.normal((6, 5), key=mx.random.key(0)).astype(mx.bfloat16)
+    assert mx.array_equal(coder.encode(x), coder.encode(x.astype(mx.float32)))
+
+
+@pytest.mark.parametrize("shape", [(4,), (3, 6), ()])
+def test_another_width_is_an_error_with_both_shapes(shape):
+    coder = random_coder()
+    with pytest.raises(ValueError, match=r"shape \[\.\.\., 5\], got"):
+        coder.encode(mx.zeros(shape))
+    with pytest.raises(ValueError, match=r"shape \[\.\.\., 20\], got"):
+        coder.decode(mx.zeros(shape))
+
+
+@pytest.mark.parametrize("k", [0, 21, -1])
+def test_k_must_be_within_the_number_of_features(k):
+    with pytest.raises(ValueError, match=rf"k must be in \[1, n_features = 20\], got {k}"):
+        SparseCoder(AB, AB, 20, k=k)
+
+
+def test_an_unknown_activation_function_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"one of \['topk'.*got 'sigmoid'"):
+        SparseCoder(AB, AB, 20, activation_function="sigmoid", k=3)
+
+
+def test_only_the_arrays_are_parameters():
+    assert set(random_coder().parameters()) - {"activation_function"} == {
+        "W_enc", "b_enc", "W_dec", "b_dec",
+    }  # fmt: skip
+    assert random_coder().parameters()["activation_function"] == {}

@@ -1,0 +1,217 @@
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import mlxterp.sae
+from mlxterp.sae import SAE, ActivationDataset, SAEConfig, SAETrainer, load_sae
+from mlxterp.sae.coder import Columns
+from tests.fakes import SITE, FakeSource
+from tests.sae.synthetic import planted
+
+CONFIG = SAEConfig(
+    expansion_factor=4, k=3, batch_size=32, num_epochs=2, learning_rate=3e-3, log_every=5
+)
+TEXTS = ["the quick brown fox jumps over the lazy dog " * 3, "pack my box with five dozen jugs"] * 5
+
+
+def array(n=300) -> np.ndarray:
+    return planted(n, n_features=16, width=8, active=2)[1]
+
+
+def test_the_public_names_are_these_and_sorted():
+    assert mlxterp.sae.__all__ == sorted(mlxterp.sae.__all__)
+    assert {"SAE", "ActivationDataset", "SAEConfig", "SAETrainer", "load_sae"} <= set(
+        mlxterp.sae.__all__
+    )
+    assert all(hasattr(mlxterp.sae, name) for name in mlxterp.sae.__all__)
+
+
+def test_an_sae_writes_the_one_site_that_it_reads():
+    a, b = Columns(("a",), (4,)), Columns(("b",), (4,))
+    assert SAE(a, a, 8, k=2).site == "a"
+    with pytest.raises(ValueError, match="one site that it reads"):
+        SAE(a, b, 8, k=2)
+    with pytest.raises(ValueError, match="one site that it reads"):
+        SAE(*[Columns(("a", "b"), (2, 2))] * 2, 8, k=2)
+
+
+def test_fit_takes_a_plain_array_and_describes_what_it_did():
+    sae = SAETrainer(CONFIG).fit(array())
+    assert (sae.d_in, sae.n_features, sae.k) == (8, 32, 3)
+    assert sae.metadata.config == CONFIG.to_dict()
+    assert sae.metadata.data["training_tokens"] == 285
+    assert sae.metadata.data["validation_tokens"] == 15
+    assert sae.metadata.model == {} and sae.metadata.data["documents"] is None
+    assert len(sae.statistics.firing_rates) == 32 and len(sae.statistics.validation) == 2
+
+
+def test_a_share_of_the_data_is_never_trained_on():
+    x = array()
+    whole = ActivationDataset.from_activations(x)
+    training, held_out = whole.split(0.05, CONFIG.seed)
+    changed = x.copy()
+    held = np.array(held_out._array())
+    rows = [i for i, row in enumerate(x) if (row == held).all(axis=1).any()]
+    changed[rows] *= 50
+    assert len(rows) == 15
+    a, b = SAETrainer(CONFIG).fit(x), SAETrainer(CONFIG).fit(changed)
+    assert mx.array_equal(a.W_dec, b.W_dec) and mx.array_equal(a.b_dec, b.b_dec)
+    assert a.statistics.validation != b.statistics.validation
+
+
+def test_without_a_validation_split_nothing_is_held_out():
+    sae = SAETrainer(CONFIG.replace(validation_split=0)).fit(array())
+    assert sae.metadata.data["training_tokens"] == 300
+    assert sae.metadata.data["validation_tokens"] == 0 and sae.statistics.validation == ()
+
+
+def test_skipped_rows_are_counted_in_the_metadata():
+    x = array()
+    x[[4, 9], 2] = np.nan
+    with pytest.warns(UserWarning, match="2 of 300 activations are not finite"):
+        sae = SAETrainer(CONFIG).fit(x)
+    assert sae.metadata.data["skipped_tokens"] == 2
+    assert mx.isfinite(sae.W_dec).all().item()
+
+
+def test_nothing_but_rows_that_are_not_finite_is_an_error():
+    with pytest.raises(ValueError, match="None of the 300 activations is finite"):
+        SAETrainer(CONFIG).fit(array() * np.nan)
+
+
+@pytest.mark.parametrize("n", [2, 3, 10])
+def test_very_little_data_is_enough_to_run(n):
+    sae = SAETrainer(CONFIG).fit(array(n))
+    assert sae.W_dec.shape == (32, 8)
+
+
+def test_the_coder_of_a_fit_can_always_be_saved(tmp_path):
+    sae = SAETrainer(CONFIG).fit(array(10))
+    assert "NaN" not in (sae.save(tmp_path / "s") / "statistics.json").read_text()
+    load_sae(tmp_path / "s")
+
+
+def test_k_above_the_number_of_features_is_an_error():
+    with pytest.raises(ValueError, match="k must be at most the number of features, 32"):
+        SAETrainer(CONFIG.replace(k=33)).fit(array())
+
+
+@pytest.mark.parametrize("trainer", [SAETrainer, SAETrainer()])
+def test_train_works_on_the_class_and_on_an_instance(trainer, tmp_path):
+    sae = trainer.train(
+        model=FakeSource(width=8), layer=0, component="mlp", dataset=TEXTS, config=CONFIG,
+        validation_split=0.2, save_path=tmp_path / "sae.mlx", verbose=False,
+    )  # fmt: skip
+    assert sae.site == SITE and sae.metadata.config["validation_split"] == 0.2
+    assert sae.metadata.model["name"] == "fake" and sae.metadata.model["fingerprint"] == "f00d"
+    assert sae.metadata.data["documents"] == 10
+    total = sum(map(len, TEXTS))
+    data = sae.metadata.data
+    assert data["training_tokens"] + data["validation_tokens"] == total
+    assert mx.array_equal(load_sae(tmp_path / "sae.mlx").W_enc, sae.W_enc)
+
+
+def test_a_trainers_own_config_and_callbacks_are_used():
+    sae = SAETrainer(CONFIG.replace(k=5)).train(FakeSource(), 0, dataset=TEXTS, verbose=False)
+    assert sae.k == 5
+
+
+def test_without_a_config_the_recipe_is_chosen_for_the_data():
+    sae = SAETrainer.train(FakeSource(), 0, dataset=TEXTS[:2], verbose=False)
+    tokens = sum(map(len, TEXTS[:2]))
+    assert sae.metadata.config == SAEConfig.recommended(6, tokens).to_dict()
+
+
+def test_a_site_may_be_given_by_its_whole_name():
+    sae = SAETrainer.train(FakeSource(), SITE, dataset=TEXTS, config=CONFIG, verbose=False)
+    assert sae.site == SITE
+
+
+def test_the_progress_bar_belongs_to_verbose(capsys):
+    SAETrainer.train(FakeSource(), 0, dataset=TEXTS, config=CONFIG, verbose=False)
+    assert capsys.readouterr() == ("", "")
+    SAETrainer.train(FakeSource(), 0, dataset=TEXTS, config=CONFIG)
+    assert "training" in capsys.readouterr().err
+
+
+def test_bad_data_and_sites_are_errors(model):
+    train = SAETrainer.train
+    with pytest.raises(ValueError, match="dataset is empty"):
+        train(FakeSource(), 0, dataset=[], verbose=False)
+    with pytest.raises(ValueError, match="dataset is empty"):
+        train(FakeSource(), 0, verbose=False)
+    with pytest.raises(ValueError, match="list of texts, got one string"):
+        train(FakeSource(), 0, dataset="text", verbose=False)
+    with pytest.raises(ValueError, match="no site"):
+        train(FakeSource(), 7, dataset=TEXTS, verbose=False)
+    with pytest.raises(ValueError, match="layers.6.mlp"):
+        train(model, 6, dataset=TEXTS, verbose=False)
+    other = ActivationDataset.from_activations({"elsewhere": array()})
+    with pytest.raises(ValueError, match="the SAE is to read layers.0.mlp"):
+        train(FakeSource(), 0, dataset=other, verbose=False)
+
+
+def test_a_run_interrupted_in_train_resumes_to_the_same_coder(tmp_path):
+    from mlxterp.sae import Callback
+
+    class Interrupt(Callback):
+        def on_step_end(self, step):
+            if step == 7:
+                raise KeyboardInterrupt
+
+    def train(*arguments, **options):
+        return SAETrainer(CONFIG, *arguments).train(
+            FakeSource(), 0, dataset=TEXTS, verbose=False, **options
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, [Interrupt()])
+    assert mx.array_equal(train(tmp_path, resume=True).W_dec, train().W_dec)
+
+
+def test_the_trained_coder_of_the_bundled_model_is_good(sae):
+    fidelity, loss = sae.evaluate()
+    assert fidelity.fvu < 0.35 and fidelity.l0 <= 8
+    assert loss.recovered > 0.7
+    assert fidelity.fvu == pytest.approx(sae.statistics.validation[-1]["fvu"], rel=1e-3)
+
+
+def test_an_evaluation_on_other_texts_needs_the_texts(sae, model, texts, tmp_path):
+    loaded = load_sae(sae.save(tmp_path / "s.mlx"))
+    with pytest.raises(ValueError, match="pass dataset="):
+        loaded.evaluate(model=model)
+    fidelity, _ = loaded.evaluate(model=model, dataset=texts[:3])
+    assert fidelity.fvu < 0.5
+
+
+def test_a_coder_is_compatible_with_its_model_and_site(sae, model):
+    compatible = sae.is_compatible(model, layer=2, component="residual")
+    assert compatible and repr(compatible) == "compatible"
+    assert sae.is_compatible(model)
+    assert sae.is_compatible(model, "layers.2.resid_post")
+
+
+def test_every_reason_against_compatibility_is_given(sae, model):
+    other_site = sae.is_compatible(model, layer=3, component="residual")
+    assert not other_site
+    assert other_site.reasons == ("it reads layers.2.resid_post, not layers.3.resid_post",)
+    assert not sae.is_compatible(model, layer=2)
+    assert "layers.99" in sae.is_compatible(model, layer=99).reasons[0]
+
+    fake = FakeSource()
+    missing, other_weights = sae.is_compatible(fake).reasons
+    assert "no site 'layers.2.resid_post'" in missing
+    assert other_weights == "it was trained on other weights (demo)"
+    narrow = SAE(*[Columns((SITE,), (5,))] * 2, 10, k=2)
+    assert narrow.is_compatible(fake).reasons == (
+        "layers.0.mlp has width 6 in the model, 5 in the coder",
+    )
+    assert repr(narrow.is_compatible(fake)).startswith("not compatible: layers.0.mlp has width 6")
+
+
+def test_repr_says_what_the_coder_is(sae):
+    assert repr(sae) == "SAE(layers.2.resid_post, d_in=128, n_features=512, topk, k=8)"
+
+
+def test_origin_and_data_are_no_parameters_of_the_module(sae):
+    assert set(sae.parameters()) == {"W_enc", "b_enc", "W_dec", "b_dec", "activation_function"}

@@ -1,0 +1,123 @@
+"""Activations of many prompts, caches, and what a hidden state predicts."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlxterp.analysis import (
+    ActivationCache,
+    batch_get_activations,
+    collect_activations,
+    get_activations,
+)
+from mlxterp.model import InterpretableModel
+from tests.tiny_models import build
+
+PROMPTS = ["one two three four five", "six", "seven eight", "nine ten eleven"]
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return InterpretableModel.demo()
+
+
+def test_the_last_token_is_the_last_real_one(demo):
+    together = get_activations(demo, PROMPTS)
+    assert list(together) == [f"layer_{i}" for i in range(6)]
+    for i, prompt in enumerate(PROMPTS):
+        alone = demo.run(prompt, capture="layers.4")["layers.4"][0, -1]
+        np.testing.assert_allclose(together["layer_4"][i], alone, rtol=1e-3, atol=1e-4)
+
+
+def test_positions(demo):
+    prompt = PROMPTS[0]
+    full = demo.run(prompt, capture="layers.2")["layers.2"]
+    several = get_activations(demo, [prompt], layers=[2], positions=[0, -1])
+    assert several.keys() == {"layer_2"}
+    assert several["layer_2"].shape == (1, 2, 128)
+    assert mx.array_equal(several["layer_2"][:, 0], full[:, 0])
+    assert mx.array_equal(several["layer_2"][:, 1], full[:, -1])
+    one = get_activations(demo, [prompt], layers=[2], positions=[1])["layer_2"]
+    assert mx.array_equal(one, full[:, 1])
+
+
+def test_positions_and_layers_that_do_not_exist_are_errors(demo):
+    shortest = len(demo.encode(PROMPTS[1]))
+    with pytest.raises(ValueError, match=rf"shortest prompt has {shortest} tokens: {shortest}"):
+        get_activations(demo, PROMPTS, positions=shortest)
+    with pytest.raises(ValueError, match="no layer 6"):
+        get_activations(demo, PROMPTS, layers=[6])
+    with pytest.raises(ValueError, match="batch_size must be at least 1, not 0"):
+        batch_get_activations(demo, PROMPTS, batch_size=0)
+    with pytest.raises(ValueError, match="prompts must have at least one"):
+        batch_get_activations(demo, [])
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_batches_give_the_same(demo, batch_size):
+    whole = get_activations(demo, PROMPTS, layers=[0, 5], positions=[0, -1])
+    parts = batch_get_activations(demo, PROMPTS, [0, 5], [0, -1], batch_size=batch_size)
+    assert whole.keys() == parts.keys()
+    for name in whole:
+        np.testing.assert_allclose(parts[name], whole[name], rtol=1e-3, atol=1e-4)
+
+
+def test_collect_activations(demo):
+    cache = collect_activations(demo, "Hello there")
+    assert len(cache) == 6 * 13 + 3
+    assert "__model_output__" not in cache
+    assert cache.keys()[0] == "embed_tokens"
+    assert cache.metadata == {"input_shape": (1, len(demo.encode("Hello there")))}
+    expected = demo.run("Hello there", capture="layers.3.attn")["layers.3.attn"]
+    for name in (
+        "layers.3.self_attn",
+        "model.layers.3.self_attn",
+        "model.model.layers.3.self_attn",
+    ):
+        assert name in cache
+        assert mx.array_equal(cache.get(name), expected)
+    full = collect_activations(demo, "Hello there", normalize_keys=False)
+    assert "model.model.layers.3.self_attn" in full
+    few = collect_activations(demo, "Hello there", layers=["layers.3", "layers.1.mlp"])
+    assert few.keys() == ["layers.1.mlp", "layers.3"]
+    with pytest.raises(ValueError, match="nearest existing"):
+        collect_activations(demo, "Hello", layers=["layers.3.mpl"])
+
+
+def test_a_cache_names_the_nearest():
+    cache = ActivationCache({"layers.3.mlp": mx.zeros((1,))})
+    assert cache.get("layers.4.mlp") is None
+    assert list(cache) == ["layers.3.mlp"]
+    assert repr(cache) == "ActivationCache(1 activations)"
+    with pytest.raises(KeyError, match=r"nearest existing: layers\.3\.mlp"):
+        cache["layers.3.mpl"]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gpt_neox", "cohere"])
+def test_predictions_come_from_the_head(model_type):
+    """`cohere` and `gpt2` have tied heads; cohere's scale does not change the order."""
+    model = InterpretableModel(build(model_type))
+    done = model.run([1, 2, 3], capture=["final_layer_norm" if model_type == "gpt_neox" else
+                                         "ln_f" if model_type == "gpt2" else "norm"])  # fmt: skip
+    (hidden,) = done.values()
+    expected = mx.argsort(-done.output[0], axis=-1)[:, :4].tolist()
+    assert model.get_token_predictions(hidden[0], top_k=4) == expected
+    assert model.get_token_predictions(hidden[0, -1], top_k=4) == expected[-1]
+    scored = model.get_token_predictions(hidden[0, -1], top_k=4, return_scores=True)
+    assert [token for token, _ in scored] == expected[-1]
+    scores = [score for _, score in scored]
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_predictions_with_a_head_of_ones_own():
+    model = InterpretableModel(build("llama"))
+    hidden = mx.random.normal((32,), key=mx.random.key(0))
+    tied = model.get_token_predictions(hidden, 3, embedding_layer=model.model.model.embed_tokens)
+    assert tied == mx.argsort(-model.model.model.embed_tokens.as_linear(hidden))[:3].tolist()
+    assert tied != model.get_token_predictions(hidden, 3)
+    given = model.get_token_predictions(hidden, 3, lm_head=model.model.lm_head)
+    assert given == model.get_token_predictions(hidden, 3)
+    with pytest.raises(ValueError, match="top_k must be 1 to 96, not 97"):
+        model.get_token_predictions(hidden, 97)
+    with pytest.raises(ValueError, match="hidden_state must be"):
+        model.get_token_predictions(hidden[None, None])

@@ -1,0 +1,125 @@
+"""Loading models and what they tell of themselves."""
+
+import json
+import subprocess
+import sys
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_flatten
+
+from mlxterp.loading import DEMO
+from mlxterp.model import InterpretableModel
+from tests.tiny_models import build
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return InterpretableModel.demo()
+
+
+def test_the_demo_model(demo):
+    assert (demo.name, demo.model_type, demo.n_layers, demo.d_model) == ("demo", "llama", 6, 128)
+    assert (demo.vocab_size, demo.context_length) == (4096, 512)
+    assert demo.special_token_ids == {0, 1, 2}
+    assert {x.dtype for _, x in tree_flatten(demo.parameters())} == {mx.float32}
+    assert repr(demo) == "InterpretableModel(\n  model=demo,\n  layers=6,\n  tokenizer=✓\n)"
+    assert "demo" in demo._repr_html_()
+
+
+def test_a_local_directory(demo):
+    model = InterpretableModel(str(DEMO))
+    assert model.name == str(DEMO)
+    assert model.fingerprint == demo.fingerprint
+    if mx.default_device() == mx.Device(mx.cpu):
+        assert model.model.model.norm.weight.dtype == mx.float32
+    half = InterpretableModel(str(DEMO), dtype=mx.bfloat16)
+    assert half.model.model.norm.weight.dtype == mx.bfloat16
+    assert half.fingerprint == demo.fingerprint
+
+
+def test_a_module_is_wrapped_as_it_is():
+    module = build("llama")
+    model = InterpretableModel(module)
+    assert model.model is module
+    assert model.tokenizer is None
+    assert (model.name, model.model_type) == ("llama", "llama")
+    assert model.context_length == 128
+    assert [name for name, _ in model.named_modules()][0] == ""
+    assert model.parameters().keys() == module.parameters().keys()
+    module.freeze()
+    assert tree_flatten(model.trainable_parameters()) == []
+    x = mx.array([[1, 2]])
+    assert mx.array_equal(model(x), module(x))
+    assert "✗" in repr(model)
+
+
+def test_half_precision_modules_keep_their_type_unless_asked():
+    module = build("llama")
+    module.set_dtype(mx.bfloat16)
+    assert InterpretableModel(module).model.model.norm.weight.dtype == mx.bfloat16
+    assert InterpretableModel(module, dtype=mx.float32).model.model.norm.weight.dtype == mx.float32
+
+
+def test_fingerprints_tell_models_apart():
+    one, same, other = (InterpretableModel(build("llama", seed=s)) for s in (0, 0, 1))
+    assert one.fingerprint == same.fingerprint
+    assert one.fingerprint != other.fingerprint
+    assert len(one.fingerprint) == 16
+    assert int(one.fingerprint, 16) >= 0
+    assert InterpretableModel(build("llama_quantized")).fingerprint != one.fingerprint
+
+
+def test_names_that_lead_nowhere(tmp_path):
+    with pytest.raises(ValueError, match=r"no model directory at '\./nowhere'"):
+        InterpretableModel("./nowhere")
+    with pytest.raises(ValueError, match=r"has no config\.json"):
+        InterpretableModel(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "never_heard_of"}))
+    with pytest.raises(
+        ValueError, match=r"(?s)could not load.*Tried.*mlx_lm\.load.*local directory"
+    ):
+        InterpretableModel(str(tmp_path))
+
+
+def test_a_hub_name_that_cannot_be_loaded_says_what_was_tried(monkeypatch):
+    import huggingface_hub
+    import mlx_lm.utils
+
+    def missing(*args, **kwargs):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("not there")
+
+    monkeypatch.setattr(mlx_lm.utils, "snapshot_download", missing)
+    with pytest.raises(
+        ValueError, match=r"(?s)'no-body/no-model'.*LocalEntryNotFoundError: not there"
+    ):
+        InterpretableModel("no-body/no-model")
+
+
+def test_a_directory_without_a_tokenizer_loads_without_one(tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(DEMO / name)
+    model = InterpretableModel(str(tmp_path))
+    assert model.tokenizer is None
+    assert model.run([1, 2]).output.shape == (1, 2, 4096)
+
+
+def test_the_import_is_light():
+    code = "import mlxterp, sys; print({'mlx_lm', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_unembed_checks_the_width(demo):
+    with pytest.raises(ValueError, match="hidden must have width 128, not 64"):
+        demo.unembed(mx.zeros((2, 64)))
+
+
+def test_a_wrapped_model_can_be_trained_while_traced():
+    model = InterpretableModel(build("llama"))
+    x = mx.array([[1, 2, 3]])
+    with model.trace(x):
+        step = nn.value_and_grad(model.model, lambda m: m(x).square().mean())
+        _, gradients = step(model.model)
+    assert len(tree_flatten(gradients)) == len(tree_flatten(model.parameters()))
