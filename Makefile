@@ -18,7 +18,7 @@ test: $(READY) openblas
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: $(READY)
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'

@@ -13,16 +13,18 @@ import os
 import sys
 import warnings
 from importlib.metadata import PackageNotFoundError, distribution
+from typing import Any
 
 CPU_CACHE_BYTES = 8 << 30
 
 _NO_BACKEND = (
-    "MLX is installed without a back-end for this machine. Install one of the extras: "
-    "pip install 'mlxterp[cpu]' (Linux, CPU), 'mlxterp[cuda12]' or 'mlxterp[cuda13]' (Linux, NVIDIA)."
+    "MLX is installed without a back-end for this machine. Install one of the extras: pip install "
+    "'mlxterp[cpu]' (Linux, CPU), 'mlxterp[cuda12]' or 'mlxterp[cuda13]' (Linux, NVIDIA)."
 )
 _NO_OPENBLAS = (
     "OpenBLAS was not found, so MLX multiplies matrices about 50 times slower than this CPU can. "
-    "Install it (Debian, Ubuntu: apt-get install libopenblas0-pthread; Fedora: dnf install openblas)."
+    "Install it (Debian, Ubuntu: apt-get install libopenblas0-pthread; Fedora: dnf install "
+    "openblas)."
 )
 _TOO_LATE = (
     "mlx.core was imported before mlxterp, so OpenBLAS cannot be used and MLX multiplies matrices "
@@ -55,6 +57,14 @@ def _openblas_is_loaded() -> bool:
         return any("libopenblas" in line and "numpy" not in line for line in maps)
 
 
+def _import_mlx() -> Any:
+    try:
+        import mlx.core as mx
+    except ImportError as error:
+        raise ImportError(_NO_BACKEND) from error
+    return mx
+
+
 def prepare() -> None:
     """Load OpenBLAS where it helps, import MLX and size its cache.
 
@@ -67,10 +77,7 @@ def prepare() -> None:
             warnings.warn(_TOO_LATE, RuntimeWarning, stacklevel=3)
         elif not _load_openblas():
             warnings.warn(_NO_OPENBLAS, RuntimeWarning, stacklevel=3)
-    try:
-        import mlx.core as mx
-    except ImportError as error:
-        raise ImportError(_NO_BACKEND) from error
+    mx = _import_mlx()
     if mx.default_device() == mx.Device(mx.cpu):
         # The default of 32 MB makes every large temporary a malloc and a page fault.
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

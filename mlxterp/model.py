@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import html
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -12,6 +14,10 @@ import mlx.nn as nn
 from mlxterp import analysis, loading, tokenization, tracing
 from mlxterp.architecture import Architecture
 from mlxterp.generation import GenerationStream, make_sampler
+from mlxterp.sae.base import BaseSAE
+from mlxterp.sae.checkpoint import load_sae
+from mlxterp.sae.config import SAEConfig
+from mlxterp.sae.sae import SAE, SAETrainer
 from mlxterp.sites import Site, SiteTable
 from mlxterp.trace import LayerListProxy, OutputProxy, Trace
 from mlxterp.tracing import Captured, Edit, Gradients, Spelling, make_plan
@@ -276,7 +282,7 @@ class InterpretableModel:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The token ids of each text, not padded."""
-        return [self.encode(text) for text in texts]
+        return tokenization.encode_batch(self.tokenizer, texts)
 
     def decode(self, tokens: Sequence[int] | mx.array) -> str:
         """The text of token ids."""
@@ -299,6 +305,28 @@ class InterpretableModel:
             if prepend_bos and bos is not None and input[0] != bos:
                 input = [bos, *input]
         return tokenization.pieces(self.tokenizer, input)
+
+    def train_sae(
+        self,
+        layer: int | str | Site,
+        component: str = "mlp",
+        dataset: Any = (),
+        save_path: str | Path | None = None,
+        config: SAEConfig | None = None,
+        verbose: bool = True,
+    ) -> SAE:
+        """A sparse autoencoder of one site, trained on texts; see `SAETrainer.train`."""
+        return SAETrainer.train(
+            self, layer, component, dataset, config, save_path=save_path, verbose=verbose
+        )
+
+    def load_sae(self, path: str | Path) -> BaseSAE:
+        """The coder saved at `path`, bound to this model; warns where it does not fit."""
+        sae = load_sae(path)
+        if not (fits := sae.is_compatible(self)):
+            warnings.warn(f"{path} is {fits}", stacklevel=2)
+        sae.bind(self)
+        return sae
 
     def __repr__(self) -> str:
         tokenizer = "✓" if self.tokenizer is not None else "✗"

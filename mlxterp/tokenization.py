@@ -31,7 +31,7 @@ def pad(rows: Sequence[Sequence[int]], pad_id: int = 0) -> tuple[mx.array, mx.ar
 
 
 def pack(
-    documents: Iterable[Sequence[int]],
+    documents: Iterable[Sequence[int] | np.ndarray],
     context_length: int,
     bos_id: int | None = None,
     pad_id: int = 0,
@@ -175,6 +175,20 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     if not ids:
         raise ValueError(f"the text has no tokens: {text!r}")
     return ids
+
+
+def encode_batch(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """The token ids of each text, with special tokens; none at all where a text has none."""
+    if tokenizer is None:
+        raise ValueError(NO_TOKENIZER)
+    if isinstance(texts, str):
+        raise TypeError("texts must be a list of strings, not one string")
+    inner = getattr(tokenizer, "_tokenizer", tokenizer)  # what mlx-lm wraps
+    if texts and hasattr(inner, "all_special_ids") and callable(inner):
+        # Many texts at once, and no warning about lengths: long ones are cut into contexts.
+        batch: Any = inner(list(texts), verbose=False)
+        return batch["input_ids"]
+    return [[int(i) for i in tokenizer.encode(text)] for text in texts]
 
 
 def decode(tokenizer: Any, tokens: Any) -> str:

@@ -8,10 +8,10 @@ from mlxterp.sae.sae import SAE, SAETrainer
 from mlxterp.sae.trainer import TrainingError
 
 __all__ = [
-    "SAE",
     "ActivationDataset",
     "Callback",
     "ProgressBar",
+    "SAE",
     "SAEConfig",
     "SAETrainer",
     "TrainingError",

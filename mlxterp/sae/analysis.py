@@ -92,7 +92,7 @@ class LogitEffects:
 
 def check_feature(coder: SparseCoder, feature_id: int) -> int:
     """The id itself; raises `ValueError` where the coder has no such feature."""
-    if not 0 <= feature_id < coder.n_features:
+    if feature_id != int(feature_id) or not 0 <= feature_id < coder.n_features:
         raise ValueError(f"feature_id must be in [0, {coder.n_features - 1}], got {feature_id}.")
     return int(feature_id)
 

@@ -42,16 +42,21 @@ class Columns:
 
     def join(self, activations: Mapping[str, mx.array]) -> mx.array:
         """One array `[..., width]` from one array per site."""
-        missing = [name for name in self.names if name not in activations]
-        if missing:
-            raise ValueError(f"Activations of {missing} are missing; got {list(activations)}.")
+        _check_sites(self.names, list(activations))
         return mx.concatenate([activations[name] for name in self.names], axis=-1)
 
     def take(self, joined: mx.array, names: tuple[str, ...]) -> mx.array:
         """The columns `[..., d]` of the named sites, in that order, out of `[..., width]`."""
         if names == self.names:
             return joined
+        _check_sites(names, list(self.names))
         return mx.concatenate([joined[..., self.slices[name]] for name in names], axis=-1)
+
+
+def _check_sites(wanted: tuple[str, ...], found: list[str]) -> None:
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        raise ValueError(f"Activations of {missing} are missing; got {found}.")
 
 
 class SparseCoder(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,8 +21,8 @@ class Fidelity:
     """How well a code describes activations, over `n_tokens` tokens.
 
     `fvu` is the fraction of variance unexplained, `sum |y - y'|^2 / sum |y - mean(y)|^2`, pooled
-    over all tokens in float64; `l0` the mean number of features that are not zero; `firing_rates`
-    `[n_features]` the share of tokens on which each feature fires.
+    over all tokens in float64, NaN where nothing varies; `l0` the mean number of features that are
+    not zero; `firing_rates` `[n_features]` the share of tokens on which each feature fires.
     """
 
     fvu: float
@@ -68,7 +69,9 @@ def fidelity(
         firing += np.array((z != 0).sum(axis=0))
         n += len(batch)
     variance = squares - np.square(total).sum() / n
-    return Fidelity(float(error / variance), float(firing.sum() / n), n, firing / n)
+    # Below this the difference is rounding: one token, or tokens that are all the same.
+    fvu = float(error / variance) if variance > 1e-12 * squares else math.nan
+    return Fidelity(fvu, float(firing.sum() / n), n, firing / n)
 
 
 @dataclass(frozen=True)

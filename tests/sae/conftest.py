@@ -13,7 +13,7 @@ def model() -> InterpretableModel:
 
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
-    return [text[:4000] for text in list(topics.values())[:60]]
+    return [text[:2000] for text in list(topics.values())[:60]]
 
 
 @pytest.fixture(scope="session")

@@ -10,12 +10,12 @@ from tests.fakes import FIRST, SITE, FakeSource
 TEXT = "The for statement iterates over the elements of a sequence."
 
 
-def codes_by_hand(sae, model, ids: list[int]) -> np.ndarray:
-    x = np.array(model.run(mx.array([ids]), capture=["layers.2.resid_post"], stop=True)[
-        "layers.2.resid_post"][0], np.float64)  # fmt: skip
+def codes_by_hand(sae, model, tokens) -> np.ndarray:
+    captured = model.run(mx.array(tokens), capture=[sae.site], stop=True)
+    x = np.array(captured[sae.site], np.float64)
     W_enc, b_enc = np.array(sae.W_enc, np.float64), np.array(sae.b_enc, np.float64)
     pre = x @ W_enc.T + b_enc
-    return np.where(pre >= np.sort(pre, axis=1)[:, -sae.k, None], np.maximum(pre, 0), 0)
+    return np.where(pre >= np.sort(pre, axis=-1)[..., -sae.k, None], np.maximum(pre, 0), 0)
 
 
 class Letters(FakeSource):
@@ -39,7 +39,7 @@ def one_to_one(k: int = 6) -> SAE:
 def test_analysis_lists_the_features_of_each_token(sae, model):
     analysis = sae.analyze_text(TEXT, top_k=4)
     ids = model.encode(TEXT)
-    codes = codes_by_hand(sae, model, ids)
+    codes = codes_by_hand(sae, model, [ids])[0]
     assert analysis.tokens == tuple(model.to_str_tokens(ids))
     assert analysis.by_token[0] == ()  # the first token is special
     for row, listed in list(zip(codes, analysis.by_token, strict=True))[1:]:
@@ -49,7 +49,7 @@ def test_analysis_lists_the_features_of_each_token(sae, model):
 
 
 def test_top_features_have_the_largest_values_in_the_text(sae, model):
-    codes = codes_by_hand(sae, model, model.encode(TEXT))[1:]
+    codes = codes_by_hand(sae, model, [model.encode(TEXT)])[0, 1:]
     found = sae.find_top_features(text=TEXT, top_k=5)
     expected = np.argsort(-codes.max(axis=0))[:5].tolist()
     assert [feature.feature_id for feature in found] == expected
@@ -119,11 +119,11 @@ def test_the_window_is_cut_at_its_ends():
 
 def test_examples_are_the_same_when_encoded_again_by_hand(sae, model, texts):
     dataset = ActivationDataset.from_texts(
-        model, texts[:20], "layers.2.resid_post", context_length=64
+        model, texts[:6], "layers.2.resid_post", context_length=64
     )
     examples = sae.top_examples(dataset=dataset, n=4)
     tokens, documents = dataset.corpus.rows
-    codes = np.stack([codes_by_hand(sae, model, row.tolist()) for row in tokens])
+    codes = codes_by_hand(sae, model, tokens)
     codes[documents < 0] = 0
     strongest = -np.sort(-codes.max(axis=1), axis=0)[:4].T
     np.testing.assert_allclose(examples.values, strongest, rtol=2e-3, atol=2e-3)

@@ -37,6 +37,8 @@ def test_columns_of_sites_lie_side_by_side():
 def test_a_missing_site_is_named():
     with pytest.raises(ValueError, match=r"\['b'\] are missing; got \['a'\]"):
         AB.join({"a": mx.zeros((4, 2))})
+    with pytest.raises(ValueError, match=r"\['c'\] are missing; got \['a', 'b'\]"):
+        AB.take(mx.zeros((4, 5)), ("c",))
 
 
 @pytest.mark.parametrize("shape", [(5,), (7, 5), (2, 3, 5)])

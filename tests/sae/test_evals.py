@@ -36,10 +36,14 @@ def data(n=500, width=8, mean=0.0) -> np.ndarray:
     return (np.random.default_rng(1).normal(size=(n, width)) + mean).astype(np.float32)
 
 
+def of_array(x: np.ndarray) -> ActivationDataset:
+    return ActivationDataset.from_activations({SITE: x})
+
+
 @pytest.mark.parametrize("mean", [0.0, 3.0, 1000.0])
 def test_fidelity_follows_the_formula_in_float64(mean):
     coder, x = random_coder(8), data(5000, mean=mean)
-    found = fidelity(coder, ActivationDataset.from_activations(x))
+    found = fidelity(coder, of_array(x))
     W_enc, b_enc, W_dec, b_dec = (
         np.array(coder[name], np.float64) for name in ("W_enc", "b_enc", "W_dec", "b_dec")
     )
@@ -56,14 +60,14 @@ def test_fidelity_follows_the_formula_in_float64(mean):
 
 def test_a_perfect_coder_leaves_nothing_unexplained_and_the_mean_everything():
     x = data(mean=5.0)
-    dataset = ActivationDataset.from_activations(x)
+    dataset = of_array(x)
     assert fidelity(identity(8), dataset).fvu < 1e-10
     at_mean = constant(mx.array(x.astype(np.float64).mean(axis=0).astype(np.float32)))
     assert fidelity(at_mean, dataset).fvu == pytest.approx(1.0, abs=1e-6)
 
 
 def test_max_tokens_bounds_what_is_measured():
-    dataset = ActivationDataset.from_activations(data(9000))
+    dataset = of_array(data(9000))
     assert fidelity(random_coder(8), dataset, max_tokens=5000).n_tokens == 4096
     assert fidelity(random_coder(8), dataset, max_tokens=10).n_tokens == 4096
     assert fidelity(random_coder(8), dataset).n_tokens == 9000
@@ -81,14 +85,14 @@ def test_only_the_written_sites_count():
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_fvu_of_activations_that_do_not_vary_is_not_a_number(n):
-    dataset = ActivationDataset.from_activations(np.ones((n, 8), np.float32))
+    dataset = of_array(np.ones((n, 8), np.float32))
     found = fidelity(random_coder(8), dataset)
     assert np.isnan(found.fvu) and found.n_tokens == n
 
 
 def test_an_identity_recovers_all_of_the_loss_and_the_mean_none(model, texts):
     site = "layers.2.resid_post"
-    dataset = ActivationDataset.from_texts(model, texts[:8], site, context_length=64)
+    dataset = ActivationDataset.from_texts(model, texts[:2], site, context_length=64)
     found = loss_recovered(identity(128, site), dataset)
     assert found.recovered == pytest.approx(1.0, abs=1e-4)
     assert found.spliced == pytest.approx(found.clean, abs=1e-4)
@@ -150,6 +154,11 @@ def test_max_tokens_bounds_the_tokens_scored():
     assert loss_recovered(identity(6), dataset, max_tokens=5000).n_tokens == 2 * 256 * 15
 
 
+def test_data_of_another_site_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"\['layers.0.mlp'\] are missing; got \['elsewhere'\]"):
+        fidelity(random_coder(8), ActivationDataset.from_activations({"elsewhere": data()}))
+
+
 def test_loss_needs_text_and_a_coder_of_one_site():
     arrays = ActivationDataset.from_activations({SITE: data(width=6)})
     with pytest.raises(ValueError, match="dataset made from texts"):
@@ -161,6 +170,6 @@ def test_loss_needs_text_and_a_coder_of_one_site():
 
 
 def test_figures_can_be_read():
-    found = fidelity(random_coder(8), ActivationDataset.from_activations(data()))
+    found = fidelity(random_coder(8), of_array(data()))
     assert set(found.to_dict()) == {"fvu", "l0", "dead", "n_tokens"}
     assert "FVU" in repr(found) and "500 tokens" in repr(found)

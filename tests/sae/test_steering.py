@@ -70,8 +70,10 @@ def test_a_steered_generation_differs_and_strength_zero_does_not(sae, model):
     prompt = "The function returns"
     plain = model.generate(prompt, max_tokens=12).text
     strong = max(range(20), key=lambda i: sae.statistics.firing_rates[i])
-    generate = lambda s: model.generate(  # noqa: E731
-        prompt, max_tokens=12, edit=sae.steering_edit(strong, s)
-    ).text
+
+    def generate(strength):
+        edit = sae.steering_edit(strong, strength)
+        return model.generate(prompt, max_tokens=12, edit=edit).text
+
     assert generate(0.0) == plain
     assert generate(100.0) != plain

@@ -135,7 +135,9 @@ def test_warm_up_is_capped_at_a_tenth_of_the_run_and_the_run_says_so(caplog):
 def test_steps_and_epochs_are_counted_by_whole_batches():
     training, _ = in_memory()
     assert len(training) == 297
-    run = _Run(config(batch_size=32, num_epochs=3), coder_for(training, config()), training, None, ())
+    run = _Run(
+        config(batch_size=32, num_epochs=3), coder_for(training, config()), training, None, ()
+    )
     assert (run.steps_per_epoch, run.n_steps, run.batch_size) == (9, 27, 32)
     small = _Run(config(batch_size=5000), coder_for(training, config()), training, None, ())
     assert (small.steps_per_epoch, small.batch_size) == (1, 297)
