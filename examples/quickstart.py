@@ -13,7 +13,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 from mlxterp import InterpretableModel
-from mlxterp.sae import SAE, ActivationDataset
+from mlxterp.sae import ActivationDataset
 
 SKIPPED = {"test", "tests", "site-packages", "idlelib", "lib2to3", "pydoc_data", "encodings"}
 
@@ -29,12 +29,6 @@ def python_texts(seed: int = 0) -> list[str]:
     texts = [*topics.values(), *sources]
     random.Random(seed).shuffle(texts)
     return texts
-
-
-def promoted_words(sae: SAE, feature_id: int) -> int:
-    """How many of the tokens that a feature promotes begin a word."""
-    logits = sae.visualize_feature(feature_id, top_k=5).logits
-    return 0 if logits is None else sum(token[:1] == " " for token, _ in logits.top)
 
 
 def main() -> None:
@@ -70,19 +64,16 @@ def main() -> None:
         f"\nOn held-out text\n  {fidelity}\n  {loss}\n  {100 * dead:.1f}% of the features are dead"
     )
 
-    examples = sae.top_examples(n=5)
-    clear = examples.clearest(20)
-    for feature_id in clear[:5]:
+    for feature_id in sae.top_examples(n=5).clearest(5):
         print(f"\n{sae.visualize_feature(feature_id, top_k=5)}")
 
-    feature_id = max(clear, key=lambda feature_id: promoted_words(sae, feature_id))
-    edit = sae.steering_edit(feature_id, strength=float(examples.values[feature_id, 0]))
-    print(f"\nSteering with feature {feature_id} ({examples.of(feature_id)[0].token!r})")
-    settings = {"max_tokens": 40, "temperature": 0.7, "seed": 1}
-    for prompt in ("She opened the door and", "The function returns"):
-        print(f"  {prompt!r}")
-        print(f"    plain:   {model.generate(prompt, **settings).text!r}")
-        print(f"    steered: {model.generate(prompt, edit=edit, **settings).text!r}")
+    feature_id, value = sae.analyze_text("if x is None:\n    raise").by_token[-1][0]
+    edit = sae.steering_edit(feature_id, strength=value)
+    prompt = "    if x is None:\n       "
+    print(f"\nAfter {prompt!r}, plain and steered with feature {feature_id}, the one for ' raise':")
+    print(f"  plain:   {model.generate(prompt, max_tokens=12).text!r}")
+    print(f"  steered: {model.generate(prompt, max_tokens=12, edit=edit).text!r}")
+
     print(f"\n{time.perf_counter() - started:.0f} s; the SAE is in {arguments.save}")
 
 

@@ -163,22 +163,33 @@ class FeatureExamples:
     def clearest(self, n: int = 5) -> list[int]:
         """Features that are easy to name: their strongest examples peak on one and the same word.
 
-        Ranked by the share of the commonest word among the peaks, then by the size of the peaks; no
-        two of the features share their word.
+        Ranked by the share of the commonest whole word among the peaks, then by the size of the
+        peaks; no two of the features share their word.
         """
-        source = self._dataset.source
-        assert source is not None
-        tokens = _corpus(self._dataset).rows[0].reshape(-1)
         ranked = []
         for feature_id in np.flatnonzero((self.values > 0).all(axis=1)).tolist():
-            peaks = source.to_str_tokens(tokens[self.positions[feature_id]].tolist())
-            (word, count), *_ = Counter(peak.strip().lower() for peak in peaks).most_common(1)
-            if word.isalpha():
+            counted = Counter(self._peak_words(feature_id)).most_common(1)
+            for word, count in counted:
                 ranked.append((count, float(self.values[feature_id].mean()), word, feature_id))
         chosen: dict[str, int] = {}
         for _, _, word, feature_id in sorted(ranked, reverse=True):
             chosen.setdefault(word, feature_id)
         return list(chosen.values())[:n]
+
+    def _peak_words(self, feature_id: int) -> list[str]:
+        """The peaks' tokens, in lower case, that are words by themselves."""
+        source = self._dataset.source
+        assert source is not None
+        tokens = _corpus(self._dataset).rows[0].reshape(-1)
+        positions = self.positions[feature_id]
+        peaks = source.to_str_tokens(tokens[positions].tolist())
+        after = source.to_str_tokens(tokens[np.minimum(positions + 1, len(tokens) - 1)].tolist())
+        words = (
+            peak.strip().lower()
+            for peak, following in zip(peaks, after, strict=True)
+            if peak[:1].isspace() and not following[:1].isalpha()
+        )
+        return [word for word in words if word.isalpha() and len(word) > 1]
 
     def _example(self, feature_id: int, position: int, window: int) -> Example:
         source, columns = self._dataset.source, self._coder.reads

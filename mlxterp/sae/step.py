@@ -150,7 +150,7 @@ def resample(
     if len(dead) == 0 or not np.isfinite(weights).all() or weights.sum() <= 0:
         return state
     # Two features made of one token would stay the same for ever.
-    repeat = len(dead) > np.count_nonzero(weights)
+    repeat = bool(len(dead) > np.count_nonzero(weights))
     drawn = mx.array(
         rng.choice(len(weights), size=len(dead), replace=repeat, p=weights / weights.sum())
     )

@@ -2,18 +2,17 @@ from pydoc_data.topics import topics
 
 import pytest
 
-from mlxterp import InterpretableModel
 from mlxterp.sae import SAE, SAEConfig, SAETrainer
 
 
 @pytest.fixture(scope="session")
-def model() -> InterpretableModel:
-    return InterpretableModel.demo()
+def model(demo):
+    return demo
 
 
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
-    return [text[:2000] for text in list(topics.values())[:60]]
+    return [text[:2000] for text in list(topics.values())[:40]]
 
 
 @pytest.fixture(scope="session")

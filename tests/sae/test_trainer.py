@@ -253,6 +253,24 @@ def test_reports_say_what_happened():
     assert "fvu=" in repr(result) and "tokens=576" in repr(result)
 
 
+def test_a_report_counts_the_features_that_are_dead_at_that_step():
+    settings = config(dead_window=320, dead_neuron_threshold=0.05, log_every=1)
+    training, _ = in_memory()
+    run = _Run(settings, coder_for(training, settings), training, None, ())
+    expected = []
+
+    class Count(Callback):
+        def on_step_end(self, step):
+            expected.append(dead_features(run.state, 0.05).sum().item() / 32)
+
+    run.callbacks = (Count(),)
+    run.execute(None)
+    # At the steps where a new half window begins, the report is of the new one.
+    ours = [dead for step, dead in enumerate(expected, 1) if step % 5]
+    reported = [r["dead"] for r in run.training if r["step"] % 5]
+    assert reported == ours and len(set(ours)) > 2
+
+
 def test_a_result_without_reports_can_be_shown():
     assert repr(TrainingResult((), (), np.zeros(3), 0, 0.0)).startswith("TrainingResult(tokens=0")
 
