@@ -17,6 +17,7 @@ from mlxterp.generation import GenerationStream, make_sampler
 from mlxterp.sae.base import BaseSAE
 from mlxterp.sae.checkpoint import load_sae
 from mlxterp.sae.config import SAEConfig
+from mlxterp.sae.dataset import ActivationDataset
 from mlxterp.sae.sae import SAE, SAETrainer
 from mlxterp.sites import Site, SiteTable
 from mlxterp.trace import LayerListProxy, OutputProxy, Trace
@@ -309,13 +310,13 @@ class InterpretableModel:
     def train_sae(
         self,
         layer: int | str | Site,
-        component: str = "mlp",
-        dataset: Any = (),
+        dataset: ActivationDataset | Iterable[str],
+        component: str | None = None,
         save_path: str | Path | None = None,
         config: SAEConfig | None = None,
         verbose: bool = True,
     ) -> SAE:
-        """A sparse autoencoder of one site, trained on texts; see `SAETrainer.train`."""
+        """A sparse autoencoder of one site (`mlp` if none is named); see `SAETrainer.train`."""
         return SAETrainer.train(
             self, layer, component, dataset, config, save_path=save_path, verbose=verbose
         )

@@ -221,6 +221,8 @@ def collect_examples(
 
     Raises `ValueError` for a dataset without texts.
     """
+    if n < 1:
+        raise ValueError(f"n must be >= 1, got {n}.")
     tokens, documents = _corpus(dataset).rows
     source = dataset.source
     assert source is not None

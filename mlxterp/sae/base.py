@@ -147,9 +147,10 @@ class BaseSAE(SparseCoder):
         otherwise a `ValueError` asks for one.
         """
         source = self._model(model)
+        analysis.check_feature(self, feature_id)
         examples = self.top_examples(model=source, dataset=dataset, n=top_k)
         rates = self.statistics.firing_rates
-        rate = float(rates[feature_id]) if 0 <= feature_id < len(rates) else None
+        rate = float(rates[feature_id]) if len(rates) else None
         return visualization.view_feature(self, source, examples, feature_id, rate)
 
     def top_examples(
@@ -191,7 +192,12 @@ class BaseSAE(SparseCoder):
         if isinstance(dataset, ActivationDataset):
             return dataset
         if dataset is not None:
-            return ActivationDataset.from_texts(self._model(model), dataset, list(self.reads.names))
+            return ActivationDataset.from_texts(
+                self._model(model),
+                dataset,
+                list(self.reads.names),
+                context_length=self.metadata.data.get("context_length"),
+            )
         if remembered is None:
             raise ValueError("This coder remembers no data: pass dataset=, a list of texts.")
         return remembered

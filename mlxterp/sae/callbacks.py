@@ -18,7 +18,7 @@ class Callback:
         """Called once, before the first step; `first_step` is above 0 when a run is resumed."""
 
     def on_step_end(self, step: int) -> None:
-        """Called after each step, which may still be running on the device."""
+        """Called after each step, before its report; the device may still be running it."""
 
     def on_train_loss_report(self, info: dict[str, Any]) -> None:
         """Called every `log_every` steps with means over those steps."""

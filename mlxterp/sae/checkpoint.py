@@ -31,14 +31,15 @@ def load_sae(path: str | Path) -> BaseSAE:
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"There is no saved coder at {path}.")
-    config = read_json(path / CONFIG_FILE, ("format_version",))
+    file = path / CONFIG_FILE
+    config = read_json(file, ("format_version",))
     version = config["format_version"]
     if version != FORMAT_VERSION:
         raise ValueError(
-            f"{path / CONFIG_FILE} has format_version {version!r}; this release of mlxterp reads "
+            f"{file} has format_version {version!r}; this release of mlxterp reads "
             f"{FORMAT_VERSION}."
         )
-    coder = _empty_coder(path / CONFIG_FILE)
+    coder = _empty_coder(file)
     metadata = _described(Metadata, path / "metadata.json")
     statistics = _described(Statistics, path / "statistics.json")
     if len(statistics.firing_rates) not in (0, coder.n_features):

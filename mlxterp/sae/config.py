@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import InitVar, asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 RECOMMENDED_TRAINING_TOKENS = 4_000_000
 
 LearningRateSchedule = Literal["constant", "linear", "cosine"]
 
 
-def _check(holds: bool, field: str, allowed: str, value: Any) -> None:
-    if not holds:
-        raise ValueError(f"{field} must be {allowed}, got {value!r}.")
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,30 +75,24 @@ class SAEConfig:
         if normalize_input is not None:
             object.__setattr__(self, "normalize_activations", normalize_input)
         for field in ("expansion_factor", "learning_rate"):
-            _check(getattr(self, field) > 0, field, "above 0", getattr(self, field))
+            self._check(field, "a number above 0", lambda x: _is_number(x) and x > 0)
+        for field in ("lambda_sparse", "auxiliary_coefficient", "gradient_clip"):
+            self._check(field, "a number >= 0", lambda x: _is_number(x) and x >= 0)
+        for field in ("validation_split", "dead_neuron_threshold"):
+            self._check(field, "in [0, 1)", lambda x: _is_number(x) and 0 <= x < 1)
         for field in ("k", "batch_size", "num_epochs", "log_every"):
-            value = getattr(self, field)
-            _check(isinstance(value, int) and value >= 1, field, "a whole number >= 1", value)
-        for field in (
-            "lambda_sparse",
-            "auxiliary_coefficient",
-            "resample_dead_every",
-            "warmup_steps",
-            "gradient_clip",
-            "checkpoint_every",
-        ):
-            _check(getattr(self, field) >= 0, field, ">= 0", getattr(self, field))
-        _check(
-            0 <= self.validation_split < 1, "validation_split", "in [0, 1)", self.validation_split
-        )
-        rate = self.dead_neuron_threshold
-        _check(0 <= rate < 1, "dead_neuron_threshold", "in [0, 1)", rate)
-        schedules = ("constant", "linear", "cosine")
-        _check(
-            self.lr_schedule in schedules, "lr_schedule", f"one of {schedules}", self.lr_schedule
-        )
-        if self.dead_window is not None:
-            _check(self.dead_window >= 1, "dead_window", "None or >= 1", self.dead_window)
+            self._check(field, "a whole number >= 1", lambda x: _is_whole(x) and x >= 1)
+        for field in ("resample_dead_every", "warmup_steps", "checkpoint_every", "seed"):
+            self._check(field, "a whole number >= 0", lambda x: _is_whole(x) and x >= 0)
+        allowed = "None or a whole number >= 1"
+        self._check("dead_window", allowed, lambda x: x is None or (_is_whole(x) and x >= 1))
+        schedules = get_args(LearningRateSchedule)
+        self._check("lr_schedule", f"one of {schedules}", lambda x: x in schedules)
+
+    def _check(self, field: str, allowed: str, holds: Callable[[Any], bool]) -> None:
+        value = getattr(self, field)
+        if not holds(value):
+            raise ValueError(f"{field} must be {allowed}, got {value!r}.")
 
     def n_features(self, d_in: int) -> int:
         """The number of features for inputs of width `d_in`.
@@ -120,13 +118,15 @@ class SAEConfig:
         factor = cls.expansion_factor
         batch_size = 256 if n_tokens < 100_000 else 1024 if n_tokens < 5_000_000 else 4096
         rate = 4e-3 * math.sqrt(2048 / (factor * d_in)) * math.sqrt(min(1.0, batch_size / 1024))
+        num_epochs = min(40, max(1, round(RECOMMENDED_TRAINING_TOKENS / max(1, n_tokens))))
+        n_steps = num_epochs * n_tokens // batch_size
         return cls(
             k=min(max(d_in // 8, min(8, d_in)), 64),
             learning_rate=float(f"{min(rate, 8e-3):.2g}"),
             batch_size=batch_size,
-            num_epochs=min(40, max(1, round(RECOMMENDED_TRAINING_TOKENS / max(1, n_tokens)))),
+            num_epochs=num_epochs,
             resample_dead_every=0,
-            warmup_steps=100,
+            warmup_steps=min(100, n_steps // 20),
         )
 
     def replace(self, **changes: Any) -> SAEConfig:

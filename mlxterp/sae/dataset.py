@@ -16,7 +16,7 @@ from mlxterp.sae.coder import Columns
 from mlxterp.sae.harvest import ActivationSource, Corpus, find_site, harvest, rows_per_forward
 
 DEFAULT_CONTEXT = 256
-DEFAULT_BUFFER_BYTES = 4 << 30
+DEFAULT_BUFFER_BYTES = 2 << 30
 
 
 def shuffle_buffer(
@@ -65,6 +65,19 @@ class DatasetInfo:
     batch_size: int
     documents_per_batch: float | None
 
+    def __repr__(self) -> str:
+        where = "kept in memory" if self.in_memory else "computed again for each pass"
+        text = (
+            f"{self.n_tokens:,} tokens of {', '.join(self.sites)}, width {self.width}, "
+            f"{self.n_bytes / 1e6:,.0f} MB {where}"
+        )
+        if self.n_documents is None:
+            return text
+        return (
+            f"{text};\n{self.n_documents:,} documents in contexts of {self.context} tokens, of "
+            f"which a batch of {self.batch_size:,} mixes {self.documents_per_batch:.0f}"
+        )
+
 
 class ActivationDataset:
     """Activations of one or more sites over many tokens, served as shuffled batches.
@@ -111,10 +124,10 @@ class ActivationDataset:
         """Activations of a model over texts.
 
         `layer` and `component` (`mlp` where none is given) name the site; `layer` may also be the
-        site's whole name, or a list that joins several. Texts are
-        packed back to back into contexts of `context_length` tokens (default: 256, or what the
-        model takes). `max_samples` bounds the number of tokens. Special tokens are left out.
-        Raises `ValueError` for an empty dataset and for a site that does not exist.
+        site's whole name, or a list that joins several. Texts are packed back to back into contexts
+        of `context_length` tokens (default: 256, or what the model takes). `max_samples` bounds the
+        number of tokens. Special tokens are left out. Raises `ValueError` for an empty dataset and
+        for a site that does not exist.
         """
         sites = layer if isinstance(layer, (list, tuple)) else [layer]
         sites = [find_site(model, site, component) for site in sites]
@@ -261,7 +274,7 @@ class ActivationDataset:
     def _set_skipped(self, n_skipped: int, n: int) -> None:
         if n_skipped == n:
             raise ValueError(f"None of the {n} activations is finite.")
-        if n_skipped:
+        if n_skipped and n_skipped != self.n_skipped:
             warnings.warn(
                 f"{n_skipped} of {n} activations are not finite and were left out.", stacklevel=3
             )

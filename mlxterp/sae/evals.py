@@ -139,6 +139,8 @@ def loss_recovered(
         totals[3] += counts[:, 1:].sum().item()
         if totals[3] >= max_tokens:
             break
+    if totals[3] == 0:
+        raise ValueError("Loss recovered needs at least one token that another one predicts.")
     clean, spliced, ablated = totals[:3] / totals[3]
     return LossRecovered(clean, spliced, ablated, int(totals[3]))
 

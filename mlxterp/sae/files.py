@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -31,12 +32,22 @@ def write_directory(path: str | Path, contents: Contents, marker: str) -> Path:
             if name.endswith(".safetensors"):
                 mx.save_safetensors(str(new / name), dict(content))
             else:
-                (new / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+                text = json.dumps(_standard(content), indent=1, allow_nan=False)
+                (new / name).write_text(text + "\n", encoding="utf-8")
         new.chmod(0o755)
         _replace(path, new)
     finally:
         shutil.rmtree(new, ignore_errors=True)
     return path
+
+
+def _standard(content: Any) -> Any:
+    """Numbers that JSON does not know, NaN and infinities, as null."""
+    if isinstance(content, Mapping):
+        return {key: _standard(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_standard(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def _replace(path: Path, new: Path) -> None:

@@ -113,9 +113,9 @@ class SAETrainer:
         """An SAE of one site of a model, from texts or a dataset; saved if a path is given.
 
         `component` is `mlp` (where none is given), `attn`, `residual` or any other of
-        `model.sites()`; `layer` may also be the whole name of a site. The result
-        remembers the model and the data. Raises `ValueError` for a site that does not exist and
-        for an empty dataset.
+        `model.sites()`; `layer` may also be the whole name of a site. The result remembers the
+        model and the data. Raises `ValueError` for a site that does not exist and for an empty
+        dataset.
         """
         if not isinstance(dataset, ActivationDataset):
             dataset = ActivationDataset.from_texts(

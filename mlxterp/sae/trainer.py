@@ -197,7 +197,7 @@ class _Run:
 
     def execute(self, directory: Path | None) -> None:
         if self.config.warmup_steps > self.n_steps // 10:
-            logger.info("warm-up is capped at %d steps, a tenth of the run", self.n_steps // 10)
+            logger.warning("Warm-up is capped at %d steps, a tenth of the run.", self.n_steps // 10)
         self.notify("on_train_begin", self.n_steps, self.batch_size, self.step)
         self.started = self.last_read = time.perf_counter()
         while self.step < self.n_steps:
@@ -264,10 +264,11 @@ class _Run:
         sums = {name: total.item() for name, total in self.state["sums"].items()}
         self.state["sums"] = zero_sums()
         self.n_dead = self._count_dead()
-        if self.state["skipped_in_a_row"].item() >= MAX_SKIPPED_IN_A_ROW:
+        skipped = int(self.state["skipped_in_a_row"].item())
+        if skipped >= min(MAX_SKIPPED_IN_A_ROW, self.n_steps):
             raise TrainingError(
-                f"At step {self.step} the last {MAX_SKIPPED_IN_A_ROW} steps or more had a loss or "
-                "gradient that is not finite. Lower learning_rate, or look at the activations."
+                f"At step {self.step} the last {skipped} steps had a loss or gradient that is not "
+                "finite. Lower learning_rate, or look at the activations."
             )
         if sums["n"] == 0:
             return
