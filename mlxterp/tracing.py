@@ -172,7 +172,8 @@ class Pass:
         if missed:
             raise RuntimeError(
                 f"the forward pass did not reach {', '.join(sorted(map(str, missed)))}. If the "
-                "model was compiled, or changed after InterpretableModel wrapped it, wrap it again"
+                "model was changed after InterpretableModel wrapped it, wrap it again; if a part "
+                "of it was compiled before, compile a function that calls model.run instead"
             )
 
     def _add_hooks(self, architecture: Architecture) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from tqdm.auto import tqdm
 
 from mlxterp.sae.coder import SparseCoder
 from mlxterp.sae.dataset import ActivationDataset
-from mlxterp.sae.harvest import ActivationSource, rows_per_forward
+from mlxterp.sae.harvest import ActivationSource
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,12 @@ class FeatureExamples:
         self._coder, self._dataset = coder, dataset
         self.values, self.positions = values, positions
 
+    def strongest(self, n: int) -> FeatureExamples:
+        """The first `n` examples of every feature."""
+        return FeatureExamples(
+            self._coder, self._dataset, self.values[:, :n], self.positions[:, :n]
+        )
+
     def of(self, feature_id: int, window: int = 12) -> tuple[Example, ...]:
         """The examples of one feature, with up to `window` tokens before and half of it after."""
         feature_id = check_feature(self._coder, feature_id)
@@ -203,7 +211,7 @@ class FeatureExamples:
             mx.array(tokens[row : row + 1, :end]), capture=columns.names, stop=True
         )
         codes = self._coder.encode({name: captured[name][0] for name in columns.names})
-        values = codes[:, feature_id].tolist()
+        values: Any = codes[:, feature_id].tolist()
         pieces = source.to_str_tokens(tokens[row, shown].tolist())
         return Example(tuple(pieces), tuple(values[i] for i in shown), shown.index(column))
 
@@ -223,38 +231,31 @@ def collect_examples(
     """
     if n < 1:
         raise ValueError(f"n must be >= 1, got {n}.")
-    tokens, documents = _corpus(dataset).rows
-    source = dataset.source
+    corpus, source = _corpus(dataset), dataset.source
     assert source is not None
-    step = rows_per_forward(tokens.shape[1])
     values = mx.zeros((n, coder.n_features))
-    rows = mx.zeros((n, coder.n_features), mx.int32)
-    columns = mx.zeros((n, coder.n_features), mx.int32)
-    for start in range(0, min(len(tokens), -(-max_tokens // tokens.shape[1])), step):
-        counts = mx.array(documents[start : start + step] >= 0)
-        captured = source.run(
-            mx.array(tokens[start : start + step]), capture=coder.reads.names, stop=True
-        )
-        codes = coder.encode({name: captured[name] for name in coder.reads.names})
-        codes = mx.where(counts[..., None], codes, 0)
-        # Only the peak of each context competes, so that examples come from different contexts.
-        peaks, where = codes.max(axis=1), codes.argmax(axis=1).astype(mx.int32)
-        numbers = mx.broadcast_to((mx.arange(len(peaks)) + start)[:, None], peaks.shape)
-        values = mx.concatenate([values, peaks])
-        rows = mx.concatenate([rows, numbers.astype(mx.int32)])
-        columns = mx.concatenate([columns, where])
-        best = mx.argpartition(-values, n - 1, axis=0)[:n]
-        values, rows, columns = (
-            mx.take_along_axis(array, best, axis=0) for array in (values, rows, columns)
-        )
-        mx.eval(values, rows, columns)
+    positions = mx.zeros((n, coder.n_features), mx.int32)
+    n_contexts = min(len(corpus.rows[0]), -(-max_tokens // corpus.context))
+    with tqdm(total=n_contexts, desc="examples", disable=not dataset.verbose) as bar:
+        for start, tokens, counts in corpus.blocks():
+            if start >= n_contexts:
+                break
+            captured = source.run(tokens, capture=coder.reads.names, stop=True)
+            codes = coder.encode({name: captured[name] for name in coder.reads.names})
+            codes = mx.where(counts[..., None], codes, 0)
+            # Only the peak of each context competes: examples come from different contexts.
+            peaks, columns = codes.max(axis=1), codes.argmax(axis=1).astype(mx.int32)
+            firsts = (mx.arange(start, start + len(peaks)) * corpus.context)[:, None]
+            values = mx.concatenate([values, peaks])
+            positions = mx.concatenate([positions, firsts + columns])
+            best = mx.argpartition(-values, n - 1, axis=0)[:n]
+            values = mx.take_along_axis(values, best, axis=0)
+            positions = mx.take_along_axis(positions, best, axis=0)
+            mx.eval(values, positions)
+            bar.update(len(peaks))
     order = mx.argsort(-values, axis=0)
-    values, rows, columns = (
-        np.array(mx.take_along_axis(array, order, axis=0)).T for array in (values, rows, columns)
-    )
-    return FeatureExamples(
-        coder, dataset, values, rows.astype(np.int64) * tokens.shape[1] + columns
-    )
+    ranked = (np.array(mx.take_along_axis(array, order, axis=0)).T for array in (values, positions))
+    return FeatureExamples(coder, dataset, *ranked)
 
 
 def logit_effects(

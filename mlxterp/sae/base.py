@@ -104,11 +104,11 @@ class BaseSAE(SparseCoder):
 
     def bind(
         self,
-        model: ActivationSource,
+        model: ActivationSource | None,
         training: ActivationDataset | None = None,
         held_out: ActivationDataset | None = None,
     ) -> None:
-        """Remember the model, and the data of this session, for calls that name none."""
+        """Remember a model, and the data of this session, for calls that name none."""
         self._source, self._training_data, self._held_out = model, training, held_out
         self._examples = None
 
@@ -116,8 +116,8 @@ class BaseSAE(SparseCoder):
         source = self._source if model is None else model
         if source is None:
             raise ValueError(
-                "This coder does not know its language model: pass model=..., or load the coder "
-                "with model.load_sae(path)."
+                "This coder does not know its language model: pass model=..., call "
+                "sae.bind(model), or load the coder with model.load_sae(path)."
             )
         return source
 
@@ -162,8 +162,8 @@ class BaseSAE(SparseCoder):
     ) -> analysis.FeatureExamples:
         """The `n` strongest examples of every feature; see `analysis.collect_examples`."""
         remembered = self._examples
-        if dataset is None and remembered is not None and remembered.values.shape[1] == n:
-            return remembered
+        if dataset is None and remembered is not None and remembered.values.shape[1] >= n:
+            return remembered.strongest(n)
         data = self._as_dataset(model, dataset, self._training_data)
         examples = analysis.collect_examples(self, data, n)
         if dataset is None:
@@ -175,12 +175,15 @@ class BaseSAE(SparseCoder):
         *,
         model: ActivationSource | None = None,
         dataset: Iterable[str] | ActivationDataset | None = None,
-    ) -> tuple[evals.Fidelity, evals.LossRecovered]:
+    ) -> tuple[evals.Fidelity, evals.LossRecovered | None]:
         """FVU, L0 and firing rates, and the language model's loss with the coder spliced in.
 
         Without a `dataset` the data held out in training serve, in the session of the training.
+        For data that are arrays and not texts the second result is `None`.
         """
         data = self._as_dataset(model, dataset, self._held_out)
+        if data.corpus is None:
+            return evals.fidelity(self, data), None
         return evals.fidelity(self, data), evals.loss_recovered(self, data)
 
     def _as_dataset(

@@ -118,7 +118,7 @@ class SAEConfig:
         factor = cls.expansion_factor
         batch_size = 256 if n_tokens < 100_000 else 1024 if n_tokens < 5_000_000 else 4096
         rate = 4e-3 * math.sqrt(2048 / (factor * d_in)) * math.sqrt(min(1.0, batch_size / 1024))
-        num_epochs = min(40, max(1, round(RECOMMENDED_TRAINING_TOKENS / max(1, n_tokens))))
+        num_epochs = min(20, max(1, round(RECOMMENDED_TRAINING_TOKENS / max(1, n_tokens))))
         n_steps = num_epochs * n_tokens // batch_size
         return cls(
             k=min(max(d_in // 8, min(8, d_in)), 64),

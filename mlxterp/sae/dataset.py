@@ -196,10 +196,14 @@ class ActivationDataset:
             raise ValueError(f"validation must be in (0, 1), got {validation}.")
         n = self.n_tokens
         if n < 2:
-            raise ValueError(f"{n} token is too little to hold out a part for validation.")
+            raise ValueError(
+                f"The dataset has {n} token and no part to hold out for validation: give more "
+                "text, or validation_split=0."
+            )
         if self.corpus is not None:
-            training, held_out = self.corpus.split(validation, seed)
-            return self._like(corpus=training), self._like(corpus=held_out)
+            training, held_out = (self._like(corpus=c) for c in self.corpus.split(validation, seed))
+            held_out.verbose = False  # its bar would cut through the one of the training
+            return training, held_out
         n_held_out = min(max(1, round(n * validation)), n - 1)
         order = mx.array(np.random.default_rng(seed).permutation(n))
         array = self._array()
@@ -306,7 +310,7 @@ class ActivationDataset:
         capacity = self.n_tokens if self.in_memory and self.shuffle else self._capacity
         mixing = rng if self.shuffle else None
         batches = shuffle_buffer(chunks, capacity, batch_size, mixing)
-        counts = [len(set(batch.tolist())) for batch in itertools.islice(batches, n_batches)]
+        counts = [len(np.unique(batch)) for batch in itertools.islice(batches, n_batches)]
         return float(np.mean(counts))
 
     def info(self, batch_size: int = 256) -> DatasetInfo:

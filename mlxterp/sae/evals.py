@@ -11,7 +11,6 @@ import numpy as np
 
 from mlxterp.sae.coder import SparseCoder
 from mlxterp.sae.dataset import ActivationDataset
-from mlxterp.sae.harvest import rows_per_forward
 
 BATCH_TOKENS = 4096
 
@@ -121,13 +120,9 @@ def loss_recovered(
             "Loss recovered is defined here for coders that write the one site they read."
         )
     (site,) = coder.writes.names
-    tokens, documents = dataset.corpus.rows
     mean = _mean_activation(dataset)
     totals = np.zeros(4)
-    step = rows_per_forward(dataset.corpus.context)
-    for start in range(0, len(tokens), step):
-        rows = mx.array(tokens[start : start + step])
-        counts = mx.array(documents[start : start + step] >= 0)
+    for _, rows, counts in dataset.corpus.blocks():
         edits = (
             None,
             _replace(coder, counts),
@@ -167,4 +162,5 @@ def _summed_loss(logits: mx.array, tokens: mx.array, counts: mx.array) -> float:
     targets = tokens[:, 1:]
     chosen = mx.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     losses = mx.logsumexp(logits, axis=-1) - chosen
-    return mx.where(counts[:, 1:], losses, 0).sum().item()
+    total: Any = mx.where(counts[:, 1:], losses, 0).sum().item()
+    return total

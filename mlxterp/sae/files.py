@@ -102,7 +102,7 @@ def read_arrays(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, 
         raise ValueError(f"{path} is missing.") from None
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged or cut short: {error}.") from None
-    loaded = mx.load(str(path))
+    loaded: Any = mx.load(str(path))
     arrays = {key: loaded[key] for key in shapes}
     mx.eval(arrays)
     return arrays

@@ -21,7 +21,9 @@ class ActivationSource(Protocol):
     """All that `mlxterp.sae` needs to know of a language model."""
 
     name: str
-    special_token_ids: frozenset[int]
+
+    @property
+    def special_token_ids(self) -> frozenset[int]: ...
 
     @property
     def context_length(self) -> int | None: ...
@@ -101,6 +103,17 @@ class Corpus:
     def n_tokens(self) -> int:
         """Positions that count."""
         return int((self.rows[1] >= 0).sum())
+
+    def blocks(self) -> Iterator[tuple[int, mx.array, mx.array]]:
+        """All contexts in order, as many at a time as go through the model together.
+
+        Yields the first one's number, token ids `[n, context]`, and which positions count.
+        """
+        tokens, documents = self.rows
+        step = rows_per_forward(self.context)
+        for start in range(0, len(tokens), step):
+            counts: Any = documents[start : start + step] >= 0
+            yield start, mx.array(tokens[start : start + step]), mx.array(counts)
 
     def split(self, share: float, seed: int) -> tuple[Corpus, Corpus]:
         """Two corpora of which the second holds about `share` of the tokens, in whole documents.

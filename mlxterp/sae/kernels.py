@@ -44,7 +44,7 @@ def top_k(values: mx.array, k: int) -> mx.array:
     depth = -(-n // groups)
     padding = depth * groups - n
     if padding:
-        values = mx.pad(values, ((0, 0), (0, padding)), constant_values=-math.inf)
+        values = mx.pad(values, [(0, 0), (0, padding)], constant_values=-math.inf)
     # Groups are strided columns: their maxima are a reduction over contiguous rows.
     maxima = values.reshape(batch, depth, groups).max(axis=1)
     best = mx.argpartition(maxima, groups - k, axis=-1)[:, groups - k :]

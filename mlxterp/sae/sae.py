@@ -93,8 +93,7 @@ class SAETrainer:
             config=config.to_dict(),
             library_version=__version__,
         )
-        if dataset.source is not None:
-            sae.bind(dataset.source, training, validation)
+        sae.bind(dataset.source, training, validation)
         return sae
 
     @_OnClassOrInstance

@@ -41,7 +41,7 @@ class Normalisation:
         scales = []
         for name, part in columns.slices.items():
             mean_variance = variance[part].mean()
-            if mean_variance.item() <= 0:
+            if mx.less_equal(mean_variance, 0):
                 raise ValueError(f"The activations of {name!r} are the same on every token.")
             scales.append(mx.broadcast_to(mx.rsqrt(mean_variance), (part.stop - part.start,)))
         if not active:
@@ -214,7 +214,8 @@ def _adam(
 
 def _norm(gradients: dict[str, mx.array]) -> mx.array:
     # Summed by columns: MLX's flat sum loses several percent on large arrays on the CPU.
-    return mx.sqrt(sum(g.square().sum(axis=0).sum() for g in gradients.values()))
+    squares = [g.square().sum(axis=0).sum() for g in gradients.values()]
+    return mx.sqrt(mx.stack(squares).sum())
 
 
 def _update(state: State, gradients: dict[str, mx.array], lr: mx.array, clip: float) -> State:

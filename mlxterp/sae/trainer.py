@@ -248,7 +248,8 @@ class _Run:
         self.n_dead = self._count_dead()
 
     def _count_dead(self) -> int:
-        return int(dead_features(self.state, self.config.dead_neuron_threshold).sum().item())
+        n: Any = dead_features(self.state, self.config.dead_neuron_threshold).sum().item()
+        return int(n)
 
     def _resample(self, batch: mx.array) -> None:
         """Give features that are dead a new start; not in the last two windows of the run."""
