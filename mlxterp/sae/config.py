@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import InitVar, asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
-RECOMMENDED_TRAINING_TOKENS = 4_000_000
+RECOMMENDED_TRAINING_TOKENS = 3_000_000
 
 LearningRateSchedule = Literal["constant", "linear", "cosine"]
 
