@@ -2,11 +2,42 @@
 
 from mlxterp import backend
 
-backend.prepare()
+backend.prepare()  # MLX must be prepared before it is imported
 
-from mlxterp import interventions  # noqa: E402 - MLX must be prepared before it is imported
-from mlxterp.model import InterpretableModel  # noqa: E402
-from mlxterp.sites import Site  # noqa: E402
-from mlxterp.version import __version__ as __version__  # noqa: E402
+# ruff: noqa: E402
+from mlxterp import interventions
+from mlxterp.analysis import (
+    ActivationCache,
+    batch_get_activations,
+    collect_activations,
+    get_activations,
+)
+from mlxterp.interventions import (
+    InterventionComposer,
+    add_vector,
+    clamp,
+    noise,
+    replace_with,
+    scale,
+    zero_out,
+)
+from mlxterp.model import InterpretableModel
+from mlxterp.sites import Site
+from mlxterp.version import __version__ as __version__
 
-__all__ = ["InterpretableModel", "Site", "interventions"]
+__all__ = [
+    "ActivationCache",
+    "InterpretableModel",
+    "InterventionComposer",
+    "Site",
+    "add_vector",
+    "batch_get_activations",
+    "clamp",
+    "collect_activations",
+    "get_activations",
+    "interventions",
+    "noise",
+    "replace_with",
+    "scale",
+    "zero_out",
+]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import index
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -29,8 +30,6 @@ class Readable(Protocol):
     def run(self, tokens: Any, *, capture: Any = (), stop: bool = False) -> Captured: ...
 
     def trace(self, inputs: Any, *, capture: Any = None) -> Any: ...
-
-    def tokens(self, inputs: Any) -> tuple[mx.array, mx.array | None]: ...
 
 
 @dataclass
@@ -98,8 +97,7 @@ def collect_activations(
             for name, array in trace.activations.items()
             if name != "__model_output__"
         }
-        tokens, _ = model.tokens(inputs)
-    return ActivationCache(found, {"input_shape": tuple(tokens.shape)})
+    return ActivationCache(found, {"input_shape": tuple(trace.tokens.shape)})
 
 
 def get_activations(
@@ -113,10 +111,10 @@ def get_activations(
     Several positions give `[B, P, d_model]`. Negative ones count from the last real token of each
     prompt. Raises `ValueError` for a layer or position that does not exist.
     """
-    chosen = range(model.n_layers) if layers is None else layers
+    chosen = range(model.n_layers) if layers is None else _listed("layers", layers)
+    wanted = [index(position) for position in _listed("positions", positions)]
     sites = {f"layer_{layer}": model.site(layer, "resid_post") for layer in chosen}
     done = model.run(prompts, capture=tuple(sites.values()), stop=True)
-    wanted = [positions] if isinstance(positions, int) else list(positions)
     picked = {name: _at(done, site, wanted) for name, site in sites.items()}
     mx.eval(picked)
     return picked
@@ -132,13 +130,23 @@ def batch_get_activations(
     """`get_activations` of many prompts, `batch_size` of them at a time."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-    if not prompts:
+    if isinstance(prompts, str):
+        prompts = [prompts]
+    if len(prompts) == 0:
         raise ValueError("prompts must have at least one text: the list is empty")
     parts = [
-        get_activations(model, list(prompts[i : i + batch_size]), layers, positions)
+        get_activations(model, prompts[i : i + batch_size], layers, positions)
         for i in range(0, len(prompts), batch_size)
     ]
     return {name: mx.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _listed(name: str, value: Any) -> list:
+    """`value` as a list, where it is one number or name too."""
+    single = isinstance(value, str) or not isinstance(value, Iterable)
+    if not (items := [value] if single else list(value)):
+        raise ValueError(f"{name} must have at least one entry: the list is empty")
+    return items
 
 
 def _at(done: Captured, site: Site, positions: list[int]) -> mx.array:
@@ -153,8 +161,8 @@ def _at(done: Captured, site: Site, positions: list[int]) -> mx.array:
                 f"positions must be {-shortest} to {shortest - 1}, because the shortest prompt has "
                 f"{shortest} tokens: {position}"
             )
-    index = mx.array([[p % length for p in positions] for length in lengths])
-    picked = mx.take_along_axis(array, index[..., None], axis=1)
+    where = mx.array([[p % length for p in positions] for length in lengths])
+    picked = mx.take_along_axis(array, where[..., None], axis=1)
     return picked[:, 0] if len(positions) == 1 else picked
 
 

@@ -83,7 +83,14 @@ class Architecture:
                 inputs = mx.zeros((BATCH, LENGTH), dtype=mx.int32)
             else:
                 inputs = mx.zeros((BATCH, *example.shape[1:]), dtype=example.dtype)
-            self._flow = survey(self.model, self.blocks, inputs)
+            try:
+                self._flow = survey(self.model, self.blocks, inputs)
+            except Exception as error:
+                error.add_note(
+                    f"in the dry run on {inputs.dtype} {list(inputs.shape)} that finds the sites: "
+                    "run a model of other inputs than tokens on an example first"
+                )
+                raise
         return self._flow
 
     @cached_property
@@ -104,6 +111,8 @@ class Architecture:
     def site(self, where: int | str | Site, component: str | None = None) -> Site:
         """The one site that `where` (and `component`) spells; see `Site` for the names."""
         if not isinstance(where, (str, Site)):
+            if not hasattr(where, "__index__"):
+                raise TypeError(f"a site is a layer number, a name or a Site, not {where!r}")
             where = f"layers.{index(where)}.{component or 'resid_post'}"
         elif component is not None:
             raise ValueError(f"component is for a layer number, not for {where!r}: {component!r}")
@@ -161,6 +170,14 @@ class Architecture:
             return None
         place = self.place(site)
         return None if place.is_input else self._paths[id(place.module)]
+
+    def replaced(self, sites: set[Site]) -> set[Site]:
+        """Those of `sites` whose module was in the dry run and is in the model no more."""
+        known = {site for site in sites if site in self.table}
+        if not known:
+            return known
+        present = {id(module) for _, module in self.model.named_modules()}
+        return {site for site in known if id(self.place(site).module) not in present}
 
     def width(self, site: Site) -> int:
         """The last dimension of the activation at `site`."""

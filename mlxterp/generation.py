@@ -82,10 +82,13 @@ class _Recorder:
         self, architecture: Architecture, plan: Plan, prompt_length: int, cache: Any
     ) -> None:
         start = 0 if cache is None else cache_offset(cache)
-        if start is None:
-            raise ValueError("prompt_cache does not tell how many tokens it holds: leave it out")
-        self._position = start
-        self._prompt_end = start + prompt_length
+        if start is None and plan:
+            raise ValueError(
+                "prompt_cache does not tell how many tokens it holds, which edit= and capture= "
+                "need: leave it out"
+            )
+        self._position = start or 0
+        self._prompt_end = self._position + prompt_length
         self._axes = {site: _position_axis(architecture, site) for site in plan.capture}
         self._parts: dict[Site, list[mx.array]] = {site: [] for site in plan.capture}
         self.forward = Pass(architecture, plan)
@@ -124,6 +127,8 @@ class _Recorder:
         """What was captured at the first `length` positions."""
         joined = {}
         for site, parts in self._parts.items():
+            if not parts:
+                continue  # nothing has run yet
             axis = self._axes[site]
             whole = mx.concatenate(parts, axis=axis)
             joined[site] = mx.split(whole, [length], axis=axis)[0]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -67,6 +68,17 @@ class Hooks:
                 if _hooked[key] == 0:
                     del _hooked[key]
                     _set_class(module, original_class(module))
+
+
+@contextmanager
+def suspended() -> Iterator[None]:
+    """Call modules as if no hooks were open, as a hook that runs the model itself must."""
+    opened = _active.get()
+    _active.set(())
+    try:
+        yield
+    finally:
+        _active.set(opened)
 
 
 def original_class(module: nn.Module) -> type:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import zlib
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -51,7 +52,8 @@ def replace_with(
 
     def replace(x: mx.array) -> mx.array:
         new = mx.array(value).astype(x.dtype)
-        if new.ndim == x.ndim >= 2 and new.shape[1] not in (1, x.shape[1]):
+        one = new.ndim > 1 and new.shape[1] == 1 and align != "strict"
+        if new.ndim == x.ndim >= 2 and new.shape[1] != x.shape[1] and not one:
             return _overlay(x, new, align)
         return mx.broadcast_to(new, x.shape)
 
@@ -81,12 +83,21 @@ def clamp(min_val: float | None = None, max_val: float | None = None) -> Interve
 
 
 def noise(std: float = 0.1, seed: int = 0) -> Intervention:
-    """`x` plus normal noise of standard deviation `std`, drawn from `seed` and the step."""
+    """`x` plus normal noise of standard deviation `std`.
+
+    It is drawn from `seed`, the site and the first position, so that the layers of a pass and the
+    steps of a generation get noise of their own.
+    """
     if std < 0:
         raise ValueError(f"std must be at least 0, not {std}")
 
     def add(x: mx.array, context: Any = None) -> mx.array:
-        key = mx.random.split(mx.random.key(seed), 1 + getattr(context, "step", 0))[-1]
+        # Split, or the noise of one seed at one position were that of another seed at another.
+        key = mx.random.split(mx.random.key(seed))[0]
+        if context is not None:
+            start = context.step if context.positions is None else context.positions[0]
+            site = zlib.crc32(str(context.site).encode())
+            key = key ^ mx.stack([mx.array(x).astype(mx.uint32) for x in (site, start)])
         return x + (std * mx.random.normal(x.shape, key=key)).astype(x.dtype)
 
     return add

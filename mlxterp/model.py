@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlxterp import analysis, loading, tokenization, tracing
 from mlxterp.architecture import Architecture
@@ -40,7 +41,7 @@ class InterpretableModel:
 
     def __init__(
         self,
-        model: nn.Module | str,
+        model: nn.Module | str | Path,
         tokenizer: Any = None,
         layer_attr: str = "layers",
         embedding_path: str | None = None,
@@ -50,6 +51,8 @@ class InterpretableModel:
         dtype: mx.Dtype | None = None,
     ) -> None:
         loaded = not isinstance(model, nn.Module)
+        if loaded and not isinstance(model, (str, Path)):
+            raise TypeError(f"model must be a name, a path or an MLX module, not {model!r:.80}")
         self._config: dict = {}
         self.name = str(model) if loaded else ""
         if not isinstance(model, nn.Module):
@@ -124,6 +127,7 @@ class InterpretableModel:
 
     def tokens(self, inputs: Any) -> tuple[mx.array, mx.array | None]:
         """Text, ids or an array as `tokens [B, S]` and `mask [B, S]`, True at real tokens."""
+        inputs = mx.array(inputs) if isinstance(inputs, np.ndarray) else inputs
         bound = self._token_bound(inputs)
         pad_id = getattr(self.tokenizer, "pad_token_id", None)
         if not isinstance(pad_id, int) or not 0 <= pad_id < (bound or 0):
@@ -223,7 +227,10 @@ class InterpretableModel:
     ) -> GenerationStream:
         """The pieces of a generation, one by one; the arguments are those of `generate`."""
         if self.tokenizer is None:
-            raise ValueError(tokenization.NO_TOKENIZER)
+            raise ValueError(
+                "this model has no tokenizer, which generate needs to write text and to know where "
+                "it ends: give one, InterpretableModel(model, tokenizer=...)"
+            )
         if max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, not {max_tokens}")
         ids, _ = self.tokens(prompt)

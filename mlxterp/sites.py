@@ -118,12 +118,10 @@ class SiteTable:
         return len(self._sites)
 
     def __contains__(self, site: object) -> bool:
-        if isinstance(site, str):
-            return Site.from_string(site) in self._sites
-        return site in self._sites
+        return (Site.from_string(site) if isinstance(site, str) else site) in self._sites
 
-    def __getitem__(self, site: Site) -> SiteInfo:
-        return self._sites[site]
+    def __getitem__(self, site: str | Site) -> SiteInfo:
+        return self._sites[Site.from_string(site) if isinstance(site, str) else site]
 
     def rows(self) -> list[tuple[str, str, str]]:
         """`(name, layers, shape and type)` of each line; alike sites of all layers share one."""

@@ -110,8 +110,6 @@ def to_tokens(
     Raises `ValueError` for empty input, for text without a tokenizer, and for ids that the
     embedding has no row for, which MLX would not notice; `TypeError` for other kinds of input.
     """
-    if isinstance(inputs, np.ndarray):
-        inputs = mx.array(inputs)
     if isinstance(inputs, mx.array):
         return _array_to_tokens(inputs, vocab_size)
     tokens, mask = pad(_rows(inputs, tokenizer), pad_id)
@@ -141,6 +139,8 @@ def _rows(inputs: Any, tokenizer: Any) -> list[list[int]]:
 def _array_to_tokens(inputs: mx.array, vocab_size: int | None) -> tuple[mx.array, mx.array | None]:
     if inputs.size == 0:
         raise ValueError(f"inputs must have at least one token: the shape is {list(inputs.shape)}")
+    if inputs.dtype == mx.bool_:
+        raise TypeError("token ids must be integers, not bool")
     tokens = inputs[None] if inputs.ndim == 1 else inputs
     if not mx.issubdtype(tokens.dtype, mx.integer):
         return tokens, None

@@ -14,6 +14,7 @@ import numpy as np
 
 from mlxterp import tracing
 from mlxterp.architecture import Architecture
+from mlxterp.hooks import first_array
 from mlxterp.sites import OUTPUT, Site, canonical_component
 from mlxterp.tracing import Captured, Plan, make_plan
 
@@ -58,8 +59,9 @@ class TraceActivations(Mapping[str, mx.array]):
 class Trace:
     """One forward pass, made on entering the `with` block; nothing is computed until it is read.
 
-    `activations` holds every module's output, or what `capture` names; `output` is what the
-    model returned, `saved_values` what `.save()` kept. All stay usable after the block.
+    `activations` holds every module's output, or what `capture` names; `tokens [B, S]` is what the
+    model received, `output` what it returned, `saved_values` what `.save()` kept. All stay usable
+    after the block.
     """
 
     def __init__(
@@ -74,10 +76,11 @@ class Trace:
     ) -> None:
         self.model = model
         self.inputs = inputs
-        self.interventions = dict(interventions or {})
+        self.interventions = {} if interventions is None else interventions
         self.tokenizer = model.tokenizer
         self.saved_values: dict[str, mx.array] = {}
         self.activations: Mapping[str, mx.array] = {}
+        self.tokens: mx.array | None = None
         self.output: Any = None
         self._capture = capture
         self._stop = stop
@@ -86,11 +89,12 @@ class Trace:
     def __enter__(self) -> Trace:
         tokens, mask = self.model.tokens(self.inputs)
         architecture = self.model.architecture
-        plan = make_plan(architecture, self._capture or (), self.interventions)
+        capture = () if self._capture is None else self._capture
+        plan = make_plan(architecture, capture, self.interventions)
         if self._capture is None:
             plan = Plan(tuple(architecture.all_sites), plan.edits, optional=True)
         done = tracing.run(architecture, tokens, plan, mask=mask, stop=self._stop, **self._kwargs)
-        self.output = done.output
+        self.tokens, self.output = tokens, done.output
         self.activations = TraceActivations(done, self._names(done))
         _open.set((*_open.get(), self))
         return self
@@ -147,6 +151,8 @@ class OutputProxy:
             raise RuntimeError(
                 f"{self._name} has a value only inside a trace: with model.trace(inputs): ..."
             )
+        if self._name == OUTPUT and (output := first_array(trace.output)) is not None:
+            return output  # which a trace has whether or not it was captured
         return trace.activations[self._name]
 
     def save(self) -> mx.array:
@@ -165,6 +171,10 @@ class OutputProxy:
 
     def __getitem__(self, index: Any) -> mx.array:
         return self.value[index]
+
+    def __iter__(self) -> Iterator[mx.array]:
+        # Without it Python would index until an IndexError, which MLX never raises.
+        return iter(self.value)
 
     def __setitem__(self, index: Any, value: Any) -> None:
         raise TypeError(_NO_ASSIGNMENT.format(name=f"{self._name}.output", site=self._name))

@@ -16,6 +16,7 @@ from mlxterp.hooks import (
     array_arguments,
     first_array,
     stream_argument,
+    suspended,
     with_argument,
     with_first_array,
 )
@@ -105,8 +106,10 @@ def make_plan(
     edit: Mapping[Any, Edit | Sequence[Edit]] | None = None,
 ) -> Plan:
     """Resolve every spelling; raises `UnknownSiteError` for a name that no site has."""
-    if isinstance(capture, (str, Site)):
+    if isinstance(capture, str) or not isinstance(capture, Iterable):
         capture = (capture,)
+    if not isinstance(edit, Mapping | None):
+        raise TypeError(f"edits must be given as {{site: function}}, not {type(edit).__name__}")
     sites = dict.fromkeys(site for where in capture for site in architecture.expand(where))
     edits: dict[Site, tuple[Edit, ...]] = {}
     for where, functions in (edit or {}).items():
@@ -131,12 +134,13 @@ class Pass:
 
     def __init__(self, architecture: Architecture, plan: Plan, stop: bool = False) -> None:
         self.hooks = Hooks()
+        self._architecture = architecture
         self._plan = plan
         self._stops = stop
         self.begin()
-        self._add_hooks(architecture)
+        self._add_hooks()
         if stop:
-            self._add_stop(architecture)
+            self._add_stop()
 
     def begin(
         self,
@@ -166,7 +170,9 @@ class Pass:
 
     def check(self) -> None:
         """Raise where the pass did not reach a site, so that nothing is silently left out."""
-        missed = [] if self._plan.optional else set(self._plan.capture) - set(self.activations)
+        missed = set(self._plan.capture) - set(self.activations)
+        if self._plan.optional:
+            missed = self._architecture.replaced(missed)
         if not self._stops:
             missed = {*missed, *(set(self._plan.edits) - self._edited)}
         if missed:
@@ -176,13 +182,13 @@ class Pass:
                 "of it was compiled before, compile a function that calls model.run instead"
             )
 
-    def _add_hooks(self, architecture: Architecture) -> None:
+    def _add_hooks(self) -> None:
         modules: dict[int, nn.Module] = {}
         inputs: dict[int, _Visits] = {}
         outputs: dict[int, _Visits] = {}
         for sites, is_edit in ((self._plan.edits, True), (self._plan.capture, False)):
             for site in sites:
-                place = architecture.place(site)
+                place = self._architecture.place(site)
                 key = id(place.module)
                 modules[key] = place.module
                 visits = (inputs if place.is_input else outputs).setdefault(key, _Visits())
@@ -247,16 +253,17 @@ class Pass:
         context = EditContext(site, **self._about)
         for function in self._plan.edits[site]:
             try:
-                edited = function(value, context)
+                with suspended():
+                    edited = function(value, context)
             except Exception as error:
                 error.add_note(f"while editing {site} ({context.phase}, step {context.step})")
                 raise
             value = _checked(site, edited, value)
         return value
 
-    def _add_stop(self, architecture: Architecture) -> None:
-        ends = architecture.survey().ends
-        places = [id(architecture.place(site).module) for site in self._plan.capture]
+    def _add_stop(self) -> None:
+        ends = self._architecture.survey().ends
+        places = [id(self._architecture.place(site).module) for site in self._plan.capture]
         if not all(key in ends for key in places):
             return  # a module that only some inputs reach: when it is called last is not known
         end = max((ends[key] for key in places), key=lambda end: end.position)
@@ -364,6 +371,8 @@ def gradients(
             edits[site] = (*edits.get(site, ()), lambda x, context, delta=delta: x + delta)
         done = run(architecture, tokens, Plan(plan.capture, edits), mask=mask, **kwargs)
         value = metric(done.output, done) if takes_captured else metric(done.output)
+        if not isinstance(value, mx.array):
+            raise TypeError(f"metric must return an array, not {type(value).__name__}")
         if value.size != 1:
             raise ValueError(f"metric must return a scalar, not the shape {list(value.shape)}")
         return value.reshape(()), [done[site] for site in plan.capture]

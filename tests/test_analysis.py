@@ -121,3 +121,14 @@ def test_predictions_with_a_head_of_ones_own():
         model.get_token_predictions(hidden, 97)
     with pytest.raises(ValueError, match="hidden_state must be"):
         model.get_token_predictions(hidden[None, None])
+
+
+def test_one_prompt_one_layer_and_arrays_of_prompts(demo):
+    one = batch_get_activations(demo, "The function", layers=2, positions=np.int64(-1))
+    assert mx.array_equal(one["layer_2"], get_activations(demo, "The function", [2])["layer_2"])
+    rows = mx.array([[1, 2], [3, 4], [5, 6]])
+    found = batch_get_activations(demo, rows, layers=[2], batch_size=2)["layer_2"]
+    assert mx.array_equal(found[2:], get_activations(demo, rows[2:], [2])["layer_2"])
+    for empty in ("layers", "positions"):
+        with pytest.raises(ValueError, match=f"{empty} must have at least one entry"):
+            get_activations(demo, "The function", **{empty: []})

@@ -6,6 +6,7 @@ import pytest
 
 from mlxterp.hooks import Hooks
 from mlxterp.model import InterpretableModel
+from tests.tiny_models import build
 
 PROMPT = "The old man went down to the sea and"
 N = 12
@@ -167,13 +168,11 @@ def test_bad_arguments_are_errors(demo, arguments, message):
 
 
 def test_without_a_tokenizer_it_says_what_to_do(demo):
-    with pytest.raises(ValueError, match="no tokenizer: give one"):
+    with pytest.raises(ValueError, match="no tokenizer, which generate needs.*: give one"):
         InterpretableModel(demo.model).generate([1, 2, 3])
 
 
 def test_half_precision_and_state_space_models_generate():
-    from tests.tiny_models import build
-
     model = InterpretableModel(build("mamba"), tokenizer=InterpretableModel.demo().tokenizer)
     done = model.generate(
         [1, 2, 3, 4, 5], max_tokens=4, edit={"layers.1": steer}, capture="layers.1"
@@ -182,3 +181,18 @@ def test_half_precision_and_state_space_models_generate():
     assert [1, 2, 3, 4, 5, *done.tokens] == expected
     full = model.run(expected, capture="layers.1", edit={"layers.1": steer})
     np.testing.assert_allclose(done.captured["layers.1"], full["layers.1"], rtol=1e-3, atol=1e-4)
+
+
+def test_a_stream_that_has_not_begun_has_an_empty_result(demo):
+    result = demo.stream(PROMPT, capture="layers.1").result()
+    assert (result.text, result.tokens, len(result.captured)) == ("", [], 0)
+
+
+def test_a_cache_that_does_not_count_serves_where_nobody_asks_for_positions(demo):
+    from mlx_lm.models.cache import make_prompt_cache
+
+    model = InterpretableModel(build("mamba"), demo.tokenizer)
+    cache = make_prompt_cache(model.model)
+    assert len(model.generate([5, 6, 7], max_tokens=2, prompt_cache=cache).prompt_tokens) == 3
+    with pytest.raises(ValueError, match="prompt_cache does not tell how many tokens it holds"):
+        model.generate([5], prompt_cache=cache, capture="layers.0")

@@ -1,5 +1,7 @@
 """The built-in edits."""
 
+import itertools
+
 import mlx.core as mx
 import pytest
 
@@ -103,3 +105,22 @@ def test_built_later_functions_do_not_join_a_built_composition():
 )
 def test_which_functions_take_the_context(function, expected):
     assert iv.takes_context(function) is expected
+
+
+def test_a_strict_replacement_of_one_position_is_not_broadcast():
+    assert mx.array_equal(iv.replace_with(X[:, :1])(X), mx.broadcast_to(X[:, :1], X.shape))
+    with pytest.raises(ValueError, match="needs 4 positions: the value has 1"):
+        iv.replace_with(X[:, :1], align="strict")(X)
+
+
+def test_noise_is_another_at_every_site_and_position():
+    add = iv.noise(1.0, seed=3)
+    contexts = [
+        EditContext(Site(0, "mlp"), mx.arange(4)),
+        EditContext(Site(1, "mlp"), mx.arange(4)),
+        EditContext(Site(0, "mlp"), mx.arange(4, 8)),
+        EditContext(Site(0, "mlp"), None, step=2),
+    ]
+    drawn = [add(X, context) for context in contexts]
+    assert mx.array_equal(add(X, contexts[0]), drawn[0])
+    assert not any(mx.allclose(a, b) for a, b in itertools.combinations(drawn, 2))

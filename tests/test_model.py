@@ -6,6 +6,7 @@ import sys
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
@@ -123,3 +124,36 @@ def test_a_wrapped_model_can_be_trained_while_traced():
         step = nn.value_and_grad(model.model, lambda m: m(x).square().mean())
         _, gradients = step(model.model)
     assert len(tree_flatten(gradients)) == len(tree_flatten(model.parameters()))
+
+
+class Floats(nn.Module):
+    """A model that is no language model."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = [nn.Linear(4, 4) for _ in range(3)]
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = nn.relu(layer(x))
+        return x
+
+
+@pytest.mark.parametrize("make", [np.ones, mx.ones])
+def test_a_model_of_floats(make):
+    model = InterpretableModel(Floats())
+    assert model.run(make((2, 4)), capture="layers.1")["layers.1"].shape == (2, 4)
+
+
+def test_a_model_of_floats_asks_for_an_example():
+    with pytest.raises(ValueError) as caught:
+        InterpretableModel(Floats()).sites()
+    assert (
+        "run a model of other inputs than tokens on an example first" in caught.value.__notes__[0]
+    )
+
+
+@pytest.mark.parametrize("wrong", [None, (1, 2)])
+def test_a_model_must_be_a_module_or_a_name(wrong):
+    with pytest.raises(TypeError, match="model must be a name, a path or an MLX module, not"):
+        InterpretableModel(wrong)

@@ -107,3 +107,9 @@ def test_the_import_is_light():
     code = f"import sys, mlxterp, mlxterp.sae; print([m for m in {heavy} if m in sys.modules])"
     done = _run(code)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_the_base_api_is_at_the_top():
+    assert mlxterp.interventions.compose is mlxterp.InterventionComposer
+    assert mlxterp.scale is mlxterp.interventions.scale
+    assert len(mlxterp.__all__) <= 16

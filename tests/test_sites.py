@@ -243,3 +243,7 @@ def test_other_integers_are_layers_and_other_types_are_errors(llama):
     assert llama.site(np.int64(1), "mlp") == Site(1, "mlp")
     with pytest.raises(TypeError):
         llama.site(1.5)
+
+
+def test_a_table_is_indexed_by_names_too(demo):
+    assert demo.sites()["layers.0.mlp"] is demo.sites()[Site(0, "mlp")]

@@ -193,3 +193,8 @@ def test_a_batch_of_texts_is_padded_and_masked(demo):
     alone = demo.run("one", capture="layers.5")
     np.testing.assert_allclose(done["layers.5"][1, : lengths[1]], alone["layers.5"][0],
                                rtol=1e-3, atol=1e-4)  # fmt: skip
+
+
+def test_booleans_are_no_token_ids(llama):
+    with pytest.raises(TypeError, match="token ids must be integers, not bool"):
+        llama.tokens(mx.array([True, False]))

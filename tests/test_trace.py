@@ -1,6 +1,7 @@
 """The notebook form: the context manager and the proxies."""
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
@@ -186,3 +187,30 @@ def test_modules_that_only_some_inputs_reach_are_left_out():
         names = [name for name in trace.activations if name.count(".") == 6]
         assert 0 < len([n for n in names if "experts" in n]) < 3 * 4
     assert mx.array_equal(trace.output, model(TOKENS[:, :1]))
+
+
+def test_the_output_can_be_read_whatever_is_captured(model):
+    with model.trace(TOKENS, capture="layers.0") as trace:
+        assert model.output.save() is trace.output
+    assert trace.tokens is TOKENS
+    with (
+        model.trace(TOKENS, capture="layers.0", stop=True),
+        pytest.raises(KeyError, match="__model_output__ was not captured"),
+    ):
+        model.output.save()
+
+
+def test_iterating_over_a_proxy_ends(model):
+    with model.trace(TOKENS):
+        rows = list(model.layers[0].output)
+    assert [row.shape for row in rows] == [(4, 32)]
+
+
+def test_modules_that_were_exchanged_after_wrapping_are_an_error():
+    model = InterpretableModel(build("llama"))
+    model.sites()
+    nn.quantize(model.model, group_size=32, class_predicate=lambda path, _: "q_proj" in path)
+    with pytest.raises(RuntimeError, match=r"did not reach.*q_proj.*wrap it again"):
+        model.trace(TOKENS).__enter__()
+    with InterpretableModel(model.model).trace(TOKENS) as trace:
+        assert "layers.0.self_attn.q_proj" in trace.activations

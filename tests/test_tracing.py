@@ -305,3 +305,35 @@ def test_captured_arrays_are_freed_without_the_garbage_collector(model, kind):
         assert mx.get_active_memory() == before
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("site", ["layers.1", "layers.1.resid_mid", "layers.1.mlp"])
+def test_an_edit_may_run_the_model_itself(site):
+    model = InterpretableModel(build("llama"))
+    seen = []
+
+    def edit(x):
+        seen.append(model.run(TOKENS, capture="layers.1")["layers.1"])
+        return 0 * x + model.unembed(0 * x).shape[0] - len(x)
+
+    captured = model.run(TOKENS, edit={site: edit}, capture=site)
+    assert len(seen) == 1
+    assert mx.array_equal(seen[0], model.run(TOKENS, capture="layers.1")["layers.1"])
+    assert mx.all(captured[site] == 0)
+
+
+def test_layers_may_be_given_by_number():
+    model = InterpretableModel(build("llama"))
+    assert list(model.run(TOKENS, capture=1)) == [Site(1, "resid_post")]
+    captured = model.run(TOKENS, capture=[np.int64(-1)], edit={np.int32(2): mx.zeros_like})
+    assert mx.all(captured[2] == 0)
+    with pytest.raises(TypeError, match="a site is a layer number, a name or a Site, not None"):
+        model.run(TOKENS, capture=None)
+    with pytest.raises(TypeError, match=r"edits must be given as \{site: function\}, not list"):
+        model.run(TOKENS, edit=[("layers.1", mx.zeros_like)])
+
+
+def test_a_metric_must_return_an_array():
+    model = InterpretableModel(build("llama"))
+    with pytest.raises(TypeError, match="metric must return an array, not float"):
+        model.gradients(TOKENS, "layers.1", lambda logits: 1.0)

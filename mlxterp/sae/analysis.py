@@ -94,8 +94,9 @@ class LogitEffects:
 
 def check_feature(coder: SparseCoder, feature_id: int) -> int:
     """The id itself; raises `ValueError` where the coder has no such feature."""
-    if feature_id != int(feature_id) or not 0 <= feature_id < coder.n_features:
-        raise ValueError(f"feature_id must be in [0, {coder.n_features - 1}], got {feature_id}.")
+    whole = isinstance(feature_id, (int, np.integer)) and not isinstance(feature_id, bool)
+    if not whole or not 0 <= feature_id < coder.n_features:
+        raise ValueError(f"feature_id must be in [0, {coder.n_features - 1}], got {feature_id!r}.")
     return int(feature_id)
 
 
@@ -104,8 +105,10 @@ def encode_text(
 ) -> tuple[list[str], mx.array]:
     """The pieces of a text and their codes `[n_tokens, n_features]`, zero at special tokens.
 
-    Raises `ValueError` for an empty text.
+    Raises `ValueError` for an empty text, or what is none.
     """
+    if not isinstance(text, str):
+        raise ValueError(f"text must be one string, got {type(text).__name__}.")
     if not text:
         raise ValueError("text must not be empty.")
     (ids,) = source.encode_batch([text])
@@ -120,7 +123,7 @@ def analyze_text(
 ) -> TextAnalysis:
     """Which features are active where in a text, the `top_k` largest of each token and of all."""
     tokens, codes = encode_text(coder, source, text)
-    values = np.array(codes)
+    values = np.array(codes.astype(mx.float32))
     order = np.argsort(-values, axis=1)[:, :top_k]
     by_token = tuple(
         tuple((int(i), float(row[i])) for i in ids if row[i] != 0)

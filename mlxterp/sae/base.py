@@ -23,6 +23,8 @@ ARRAYS = {
     "decoder.safetensors": ("W_dec", "b_dec"),
     "encoder_bias.safetensors": ("b_enc",),
 }
+# By this file a saved coder is known; a `config.json` is in many directories, such as a model's.
+MARKER = "encoder_bias.safetensors"
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ class BaseSAE(SparseCoder):
         otherwise a `ValueError` asks for one.
         """
         source = self._model(model)
-        analysis.check_feature(self, feature_id)
+        feature_id = analysis.check_feature(self, feature_id)
         examples = self.top_examples(model=source, dataset=dataset, n=top_k)
         rates = self.statistics.firing_rates
         rate = float(rates[feature_id]) if len(rates) else None
@@ -217,6 +219,8 @@ class BaseSAE(SparseCoder):
         self, model: ActivationSource, layer: Any = None, component: str | None = None
     ) -> Compatibility:
         """Whether the coder fits the model, and the site if one is named; false says why."""
+        if layer is None and component is not None:
+            raise ValueError(f"component={component!r} says nothing without layer=...")
         reasons = []
         for name, width in zip(self.reads.names, self.reads.widths, strict=True):
             try:
@@ -262,7 +266,7 @@ class BaseSAE(SparseCoder):
         }
         for file, names in ARRAYS.items():
             contents[file] = {name: self[name] for name in names}
-        return write_directory(path, contents, marker=CONFIG_FILE)
+        return write_directory(path, contents, marker=MARKER)
 
     def __repr__(self) -> str:
         sites = ", ".join(self.reads.names)

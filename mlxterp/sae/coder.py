@@ -22,6 +22,10 @@ class Columns:
     names: tuple[str, ...]
     widths: tuple[int, ...]
 
+    def __str__(self) -> str:
+        sites = zip(self.names, self.widths, strict=True)
+        return ", ".join(f"{name} (width {width})" for name, width in sites)
+
     @property
     def width(self) -> int:
         """The number of columns of all sites together."""
@@ -92,7 +96,7 @@ class SparseCoder(nn.Module):
         self.W_dec = mx.zeros((n_features, writes.width))
         self.b_dec = mx.zeros((writes.width,))
         self.activation_name = activation_function
-        self.activation_function = ACTIVATION_FUNCTIONS[activation_function](k)
+        self.activation_function = ACTIVATION_FUNCTIONS[activation_function](int(k))
 
     @property
     def n_features(self) -> int:
@@ -135,6 +139,7 @@ class SparseCoder(nn.Module):
 
     def decode(self, z: mx.array) -> mx.array:
         """The reconstruction `[..., d_out]` of a code `[..., n_features]`."""
+        z = mx.array(z)
         if z.ndim == 0 or z.shape[-1] != self.n_features:
             raise ValueError(
                 f"The code must have shape [..., {self.n_features}], got {tuple(z.shape)}."

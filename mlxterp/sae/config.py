@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import InitVar, asdict, dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 RECOMMENDED_TRAINING_TOKENS = 3_000_000
 
@@ -129,18 +129,18 @@ class SAEConfig:
             warmup_steps=min(100, n_steps // 20),
         )
 
-    def replace(self, **changes: Any) -> SAEConfig:
+    def replace(self, **changes: Any) -> Self:
         """A copy with other values for some fields."""
-        return SAEConfig.from_dict({**self.to_dict(), **changes})
+        return type(self).from_dict({**self.to_dict(), **changes})
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as plain values."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> SAEConfig:
+    def from_dict(cls, values: dict[str, Any]) -> Self:
         """The inverse of `to_dict`; raises `ValueError` for a name that is not a field."""
-        known = {field.name for field in fields(cls)}
+        known = {field.name for field in fields(cls)} | {"normalize_input"}
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(f"Unknown settings {unknown}; known are {sorted(known)}.")

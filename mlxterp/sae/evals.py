@@ -50,7 +50,7 @@ def fidelity(
 ) -> Fidelity:
     """FVU, L0 and firing rates of a coder over a dataset of its sites."""
     columns = dataset.columns
-    total = np.zeros(columns.take(mx.zeros((1, columns.width)), coder.writes.names).shape[1])
+    total = np.zeros(coder.d_out)
     squares = error = 0.0
     firing = np.zeros(coder.n_features)
     n = 0

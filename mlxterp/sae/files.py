@@ -23,8 +23,7 @@ def write_directory(path: str | Path, contents: Contents, marker: str) -> Path:
     file named `marker`; raises `ValueError` where something else is in the way.
     """
     path = Path(path)
-    if path.exists() and not (path / marker).is_file() and (path.is_file() or any(path.iterdir())):
-        raise ValueError(f"{path} exists and holds no {marker}; it is not overwritten.")
+    check_replaceable(path, marker)
     path.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
@@ -39,6 +38,12 @@ def write_directory(path: str | Path, contents: Contents, marker: str) -> Path:
     finally:
         shutil.rmtree(new, ignore_errors=True)
     return path
+
+
+def check_replaceable(path: Path, marker: str) -> None:
+    """Raises `ValueError` where something is at `path` that `write_directory` will not replace."""
+    if path.exists() and not (path / marker).is_file() and (path.is_file() or any(path.iterdir())):
+        raise ValueError(f"{path} exists and holds no {marker}; it is not overwritten.")
 
 
 def _standard(content: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -48,7 +48,7 @@ class ActivationSource(Protocol):
 
 def find_site(source: ActivationSource, layer: Any, component: str | None = None) -> Any:
     """The site of a layer and component, `mlp` where none is given, or of a whole name."""
-    if component is None and isinstance(layer, int):
+    if component is None and isinstance(layer, (int, np.integer)):
         component = "mlp"
     return source.site(layer, component)
 
@@ -131,12 +131,15 @@ class Corpus:
         )
 
     def _draw(self, share: float, rng: np.random.Generator) -> set[int]:
-        """Random documents with about the share of tokens; those too large for it are left."""
+        """Random documents with about the share of tokens; those too large for it are left.
+
+        They exceed the share by a tenth of the smaller part at most.
+        """
         lengths = [len(document) for document in self.documents]
-        wanted, size = share * sum(lengths), 0
+        most, size = (share + 0.1 * min(share, 1 - share)) * sum(lengths), 0
         drawn: set[int] = set()
         for i in rng.permutation(len(lengths)).tolist():
-            if size + lengths[i] <= 1.1 * wanted and len(drawn) < len(lengths) - 1:
+            if size + lengths[i] <= most and len(drawn) < len(lengths) - 1:
                 drawn.add(i)
                 size += lengths[i]
         return drawn or {int(np.argmin(lengths))}
@@ -157,6 +160,8 @@ def _without_special_ends(ids: list[int], special: frozenset[int]) -> list[int]:
 def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
     if isinstance(texts, str):
         raise ValueError("dataset must be a list of texts, got one string; put it in a list.")
+    if isinstance(texts, Mapping):
+        raise ValueError(f"dataset must be a list of texts, got a mapping; pass one of {[*texts]}.")
     chunk = []
     for i, text in enumerate(texts):
         if not isinstance(text, str):

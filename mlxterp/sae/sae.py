@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlxterp.sae.base import BaseSAE, Metadata, Statistics
+from mlxterp.sae.base import MARKER, BaseSAE, Metadata, Statistics
 from mlxterp.sae.callbacks import Callback, ProgressBar
 from mlxterp.sae.coder import Columns
 from mlxterp.sae.config import SAEConfig
 from mlxterp.sae.dataset import ActivationDataset
+from mlxterp.sae.files import check_replaceable
 from mlxterp.sae.harvest import ActivationSource, find_site
 from mlxterp.sae.trainer import Trainer
 from mlxterp.version import __version__
@@ -113,24 +115,38 @@ class SAETrainer:
 
         `component` is `mlp` (where none is given), `attn`, `residual` or any other of
         `model.sites()`; `layer` may also be the whole name of a site. The result remembers the
-        model and the data. Raises `ValueError` for a site that does not exist and for an empty
-        dataset.
+        model and the data. Raises `ValueError` for a site that does not exist, for an empty
+        dataset or one of another site, and for a `save_path` where something else is.
         """
+        if save_path is not None:
+            check_replaceable(Path(save_path), MARKER)
         if not isinstance(dataset, ActivationDataset):
             dataset = ActivationDataset.from_texts(
                 model, dataset, layer, component, verbose=verbose
             )
+        if dataset.source not in (None, model):
+            raise ValueError("dataset was made with another model than the one given.")
         site = str(find_site(model, layer, component))
-        if dataset.columns.names != (site,):
-            raise ValueError(f"dataset holds {dataset.columns.names}, the SAE is to read {site}.")
+        _check_columns(dataset.columns, Columns((site,), (model.width(site),)))
         config = config or self.config or SAEConfig.recommended(dataset.columns.width, len(dataset))
         if validation_split is not None:
             config = config.replace(validation_split=validation_split)
         callbacks = (*self.callbacks, *([ProgressBar()] if verbose else []))
         sae = SAETrainer(config, self.checkpoint_dir, callbacks).fit(dataset, resume)
+        if dataset.source is None:  # made from an array, which knows no model
+            sae.metadata = replace(sae.metadata, model=_describe(model))
+            sae.bind(model, sae._training_data, sae._held_out)
         if save_path is not None:
             sae.save(save_path)
         return sae
+
+
+def _check_columns(found: Columns, wanted: Columns) -> None:
+    if found != wanted:
+        raise ValueError(
+            f"dataset holds {found}, the SAE is to read {wanted}. Name the site of an array with "
+            "ActivationDataset.from_activations(array, site=...)."
+        )
 
 
 def _describe(source: ActivationSource | None) -> dict[str, Any]:

@@ -21,7 +21,8 @@ def steer(
     for an unknown feature or another width.
     """
     direction = coder.W_dec[check_feature(coder, feature_id)]
-    if activation.shape[-1] != coder.d_out:
+    activation = mx.array(activation)
+    if activation.ndim == 0 or activation.shape[-1] != coder.d_out:
         raise ValueError(
             f"The activation must have shape [..., {coder.d_out}], got {tuple(activation.shape)}."
         )
@@ -30,7 +31,7 @@ def steer(
 
 def steering_edit(coder: SparseCoder, feature_id: int, strength: float = 1.0) -> dict[str, Edit]:
     """`{site: edit}` that adds a feature at every token, for `run`, `trace` and `generate`."""
-    check_feature(coder, feature_id)
+    feature_id = check_feature(coder, feature_id)
     return {
         name: lambda x, part=part: x + (strength * coder.W_dec[feature_id, part]).astype(x.dtype)
         for name, part in coder.writes.slices.items()

@@ -33,7 +33,7 @@ class Normalisation:
         """From a sample `[n_tokens, width]`: centre every site and scale it to a mean squared norm
         equal to its width; where not `active`, leave the activations as they are.
 
-        Raises `ValueError` for a site that does not vary.
+        Raises `ValueError` for a site that does not vary, or beyond what float32 can square.
         """
         sample = sample.astype(mx.float32)
         mean = sample.mean(axis=0)
@@ -41,8 +41,11 @@ class Normalisation:
         scales = []
         for name, part in columns.slices.items():
             mean_variance = variance[part].mean()
-            if mx.less_equal(mean_variance, 0):
+            # Compared, because the mean is rounded: equal rows may seem to vary around it.
+            if mx.array_equal(sample[1:, part], sample[:-1, part]):
                 raise ValueError(f"The activations of {name!r} are the same on every token.")
+            if not (mean_variance > 0).item() or mx.isinf(mean_variance).item():
+                raise ValueError(f"The activations of {name!r} are too large or small for float32.")
             scales.append(mx.broadcast_to(mx.rsqrt(mean_variance), (part.stop - part.start,)))
         if not active:
             return cls(mean, mx.zeros_like(mean), mx.ones_like(mean))
@@ -110,7 +113,7 @@ def dead_features(state: State, threshold: float) -> mx.array:
     """Boolean `[n_features]`: fired on less than this share of the tokens counted.
 
     Firing is counted in half a window while the half before it is remembered; during the first
-    half of a run no feature is dead.
+    half of the first window no feature is dead.
     """
     counted = state["counted"] + state["counted_before"]
     # At least half a firing, so that with a tiny threshold "dead" means "never".
@@ -149,12 +152,7 @@ def resample(
     weights = np.array((y_hat - y).square().sum(axis=-1).square(), dtype=np.float64)
     if len(dead) == 0 or not np.isfinite(weights).all() or weights.sum() <= 0:
         return state
-    # Two features made of one token would stay the same for ever.
-    repeat = bool(len(dead) > np.count_nonzero(weights))
-    drawn = mx.array(
-        rng.choice(len(weights), size=len(dead), replace=repeat, p=weights / weights.sum())
-    )
-    rows = mx.array(dead)
+    drawn, rows = _draw(weights, len(dead), rng), mx.array(dead)
     alive = 1 - mx.zeros((coder.n_features,)).at[rows].add(1.0)
     norms = mx.linalg.norm(W_enc, axis=-1)
     norm = 0.2 * (norms * alive).sum() / mx.maximum(alive.sum(), 1)
@@ -168,6 +166,12 @@ def resample(
             moment[name] = _with_rows(moment[name], rows, mx.zeros_like(values))
     fired = _with_rows(state["fired"], rows, mx.full((len(dead),), mx.inf))
     return {**state, "params": params, **moments, "fired": fired}
+
+
+def _draw(weights: np.ndarray, n: int, rng: np.random.Generator) -> mx.array:
+    # Two features made of one token would stay the same for ever.
+    repeat = bool(n > np.count_nonzero(weights))
+    return mx.array(rng.choice(len(weights), size=n, replace=repeat, p=weights / weights.sum()))
 
 
 def _unit_rows(array: mx.array) -> mx.array:

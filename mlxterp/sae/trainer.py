@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -88,8 +89,8 @@ class Trainer:
     """Trains one coder on one dataset, in place.
 
     With a `checkpoint_dir` the whole state of the run is written there every
-    `config.checkpoint_every` steps, at the end, and when the run is interrupted; the last two are
-    kept.
+    `config.checkpoint_every` steps, at the end, and when the run is interrupted or cannot go on;
+    the last two are kept.
     """
 
     def __init__(
@@ -131,12 +132,14 @@ class Trainer:
             run.restore(saved)
         try:
             run.execute(directory)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, TrainingError):
             if directory is not None:
                 run.save(directory)
             raise
         finally:
-            run.notify("on_train_end")
+            with contextlib.ExitStack() as ends:  # each is called, also when another one fails
+                for callback in reversed(self.callbacks):
+                    ends.callback(callback.on_train_end)
         return run.result()
 
 

@@ -209,3 +209,14 @@ def test_an_unknown_feature_is_an_error_with_the_range(feature):
 
 def test_feature_ids_of_numpy_are_taken():
     assert check_feature(one_to_one(), np.int64(5)) == 5
+
+
+def test_a_coder_in_half_precision_is_analysed():
+    coder = one_to_one()
+    coder.set_dtype(mx.bfloat16)
+    assert analyze_text(coder, Letters(a=3), "abc").top[0].value == 3
+
+
+def test_what_is_no_text_is_an_error(sae):
+    with pytest.raises(ValueError, match="text must be one string, got list"):
+        sae.analyze_text(["a", "b"])

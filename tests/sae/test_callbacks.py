@@ -84,3 +84,14 @@ def test_the_plain_callback_and_an_unused_bar_do_nothing():
     bar = ProgressBar()
     bar.on_step_end(1)
     bar.on_train_end()
+
+
+def test_an_end_that_fails_does_not_keep_the_others_from_theirs():
+    class FailAtTheEnd(Callback):
+        def on_train_end(self):
+            raise RuntimeError("not yet")
+
+    record = Record()
+    with pytest.raises(RuntimeError, match="not yet"):
+        SAETrainer(CONFIG, callbacks=[FailAtTheEnd(), record]).fit(data())
+    assert record.events[-1] == ("end",)

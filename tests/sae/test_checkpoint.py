@@ -97,9 +97,18 @@ def test_saving_over_an_older_coder_replaces_it(saved):
 
 def test_saving_over_another_directory_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="holds no config.json; it is not overwritten"):
+    with pytest.raises(ValueError, match="it is not overwritten"):
         example().save(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_language_model_is_not_taken_for_an_older_coder(tmp_path):
+    files = {"config.json": '{"model_type": "llama"}', "model.safetensors": "weights"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match="it is not overwritten"):
+        example().save(tmp_path)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == files
 
 
 def test_a_crash_while_saving_leaves_the_old_coder(saved, monkeypatch):
@@ -206,3 +215,12 @@ def test_values_that_do_not_fit_are_named_by_file(saved, file, change):
     change_json(saved / file, lambda content: content.update(change))
     with pytest.raises(ValueError, match=file):
         load_sae(saved)
+
+
+def test_k_may_be_written_as_a_float(saved):
+    config = json.loads((saved / "config.json").read_text())
+    config["activation_function"]["k"] = float(config["activation_function"]["k"])
+    (saved / "config.json").write_text(json.dumps(config))
+    assert mx.array_equal(
+        load_sae(saved).encode(mx.ones((2, 6))), example().encode(mx.ones((2, 6)))
+    )

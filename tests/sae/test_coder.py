@@ -97,3 +97,9 @@ def test_only_the_arrays_are_parameters():
         "W_enc", "b_enc", "W_dec", "b_dec",
     }  # fmt: skip
     assert random_coder().parameters()["activation_function"] == {}
+
+
+def test_a_code_of_numpy_is_decoded():
+    z = np.eye(20, dtype=np.float32)
+    found = random_coder().decode(z)
+    assert isinstance(found, mx.array) and mx.array_equal(found, random_coder().decode(mx.array(z)))

@@ -74,3 +74,10 @@ def test_a_recipe_exists_for_every_width_and_amount_of_data(d_in, n_tokens):
     config = SAEConfig.recommended(d_in, n_tokens)
     assert 1 <= config.k <= config.n_features(d_in)
     assert config.num_epochs >= 1
+
+
+def test_the_other_spelling_of_normalisation_may_be_replaced_too():
+    assert not SAEConfig().replace(normalize_input=False).normalize_activations
+    assert (
+        SAEConfig(normalize_activations=False).replace(normalize_input=True).normalize_activations
+    )

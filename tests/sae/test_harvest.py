@@ -152,3 +152,18 @@ def test_the_bundled_model_is_an_activation_source(model):
     expected = np.array(full.reshape(-1, 128))[(documents >= 0).reshape(-1)]
     np.testing.assert_allclose(np.array(chunk), expected, atol=1e-5)
     assert not model.special_token_ids & set(tokens[documents >= 0].tolist())
+
+
+def test_a_mapping_in_place_of_a_list_is_an_error():
+    with pytest.raises(ValueError, match=r"got a mapping; pass one of \['train', 'test'\]"):
+        corpus({"train": ["abc"], "test": ["def"]})
+
+
+def test_a_large_share_leaves_the_rest_its_part():
+    training, held_out = corpus(["x" * 10] * 100).split(0.9, seed=0)
+    assert held_out.n_tokens <= 910 and training.n_tokens >= 90
+
+
+@pytest.mark.parametrize("layer", [2, np.int64(2)])
+def test_a_layer_number_alone_means_its_mlp(model, layer):
+    assert str(find_site(model, layer)) == "layers.2.mlp"

@@ -104,3 +104,13 @@ def test_auxiliary_gradient_equals_finite_differences(name):
         down[name][at] -= step
         slope = (by_hand(up, dead, 3) - by_hand(down, dead, 3)) / (2 * step)
         assert gradient[at] == pytest.approx(slope, rel=1e-3)
+
+
+@pytest.mark.parametrize("n_tokens", [1, BATCH])
+def test_a_residual_that_does_not_vary_has_no_auxiliary_loss(n_tokens):
+    a, dead = problem()
+    a |= {name: np.repeat(a[name][:1], n_tokens, axis=0) for name in ("residual", "x")}
+    m = {name: mx.array(np.array(array, np.float32)) for name, array in a.items()}
+    loss, gradients = mx.value_and_grad(lambda m: of_mlx(m, mx.array(dead), 3))(m)
+    assert loss.item() == 0
+    assert all(mx.array_equal(g, mx.zeros_like(g)) for g in gradients.values())

@@ -222,3 +222,32 @@ def test_repr_says_what_the_coder_is(sae):
 
 def test_origin_and_data_are_no_parameters_of_the_module(sae):
     assert set(sae.parameters()) == {"W_enc", "b_enc", "W_dec", "b_dec", "activation_function"}
+
+
+def test_a_path_where_something_else_is_is_refused_before_the_training(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="it is not overwritten"):
+        SAETrainer.train(FakeSource(), 0, dataset=iter(()), save_path=tmp_path, verbose=False)
+
+
+def test_arrays_of_a_named_site_train_a_coder_that_knows_its_model():
+    data = ActivationDataset.from_activations(array(), site=SITE)
+    sae = SAETrainer.train(FakeSource(width=8), 0, dataset=data, config=CONFIG, verbose=False)
+    assert sae.metadata.model["fingerprint"] == "f00d"
+    assert sae.find_top_features("abc")
+    assert sae.evaluate()[1] is None
+    with pytest.raises(
+        ValueError, match=r"read layers.0.mlp \(width 6\).*from_activations\(array, site=...\)"
+    ):
+        SAETrainer.train(FakeSource(width=6), 0, dataset=data, config=CONFIG, verbose=False)
+
+
+def test_a_component_without_a_layer_is_not_passed_over(sae, model):
+    with pytest.raises(ValueError, match="component='attn' says nothing without layer"):
+        sae.is_compatible(model, component="attn")
+
+
+def test_a_dataset_of_another_model_is_refused():
+    dataset = ActivationDataset.from_texts(FakeSource(), TEXTS, SITE, context_length=8)
+    with pytest.raises(ValueError, match="another model"):
+        SAETrainer.train(FakeSource(), SITE, dataset=dataset, config=CONFIG, verbose=False)

@@ -52,6 +52,8 @@ def test_feature_ids_of_numpy_are_taken():
 def test_another_width_is_an_error():
     with pytest.raises(ValueError, match=r"shape \[\.\.\., 5\], got \(2, 4\)"):
         steer(coder(), mx.zeros((2, 4)), 3)
+    with pytest.raises(ValueError, match=r"shape \[\.\.\., 5\], got \(\)"):
+        steer(coder(), mx.array(1.0), 3)
 
 
 def test_a_steered_run_of_the_model_has_exactly_the_row_added(sae, model):
@@ -77,3 +79,14 @@ def test_a_steered_generation_differs_and_strength_zero_does_not(sae, model):
 
     assert generate(0.0) == plain
     assert generate(100.0) != plain
+
+
+def test_activations_of_numpy_are_taken():
+    x = np.ones((4, 5), np.float32)
+    assert mx.array_equal(steer(coder(), x, 3, 2.0), steer(coder(), mx.array(x), 3, 2.0))
+
+
+@pytest.mark.parametrize("feature", ["abc", None, float("nan"), 3.0, True])
+def test_what_is_no_number_of_a_feature_is_refused(feature):
+    with pytest.raises(ValueError, match=r"feature_id must be in \[0, 9\], got"):
+        steering_edit(coder(), feature)

@@ -136,7 +136,8 @@ def test_the_auxiliary_loss_moves_dead_features_and_no_others(form):
         if name == "b_dec":
             assert not added.any()
             continue
-        assert added[~dead].max() < 1e-9, name
+        # Not exactly zero: a GPU adds the firings of one feature in any order.
+        assert added[~dead].max() < 1e-6 * added[dead].max(), name
         reached = added[dead].reshape(dead.sum(), -1).max(axis=1) > 1e-6
         assert reached.all(), name
 
@@ -230,6 +231,18 @@ def test_without_normalisation_activations_stay_as_they_are():
     normalisation = Normalisation.measure(sample, COLUMNS, False)
     x, _ = prepare(sample, COLUMNS, normalisation, SparseCoder(COLUMNS, COLUMNS, N, k=K))
     assert mx.array_equal(x, sample)
+
+
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 1234.5])
+def test_equal_rows_do_not_vary_whatever_rounding_says(value):
+    with pytest.raises(ValueError, match="the same on every token"):
+        Normalisation.measure(mx.full((3000, D), value), COLUMNS, True)
+
+
+@pytest.mark.parametrize("factor", [1e25, 1e-25])
+def test_activations_beyond_float32_are_refused(factor):
+    with pytest.raises(ValueError, match="too large or small for float32"):
+        Normalisation.measure(batches(1)[0] * factor, COLUMNS, True)
 
 
 def test_a_site_that_does_not_vary_is_named():

@@ -297,7 +297,7 @@ def test_batches_that_are_not_finite_are_skipped_and_counted():
     assert all(np.isfinite(report["loss"]) for report in result.training)
 
 
-def test_many_batches_in_a_row_that_are_not_finite_stop_the_run():
+def test_many_batches_in_a_row_that_are_not_finite_stop_the_run(tmp_path):
     training, _ = in_memory()
     ended = []
 
@@ -306,8 +306,11 @@ def test_many_batches_in_a_row_that_are_not_finite_stop_the_run():
             ended.append(True)
 
     with pytest.raises(TrainingError, match=r"At step 1[2-5] the last 10 steps.*learning_rate"):
-        fit((poisoned(training, set(range(2, 100))), None), config(), callbacks=[End()])
+        fit((poisoned(training, set(range(2, 100))), None), config(), tmp_path, callbacks=[End()])
     assert ended == [True]
+    saved = max(tmp_path.glob("step_*"))
+    assert saved.name >= "step_00000011"
+    assert np.isfinite(np.array(mx.load(str(saved / "state.safetensors"))["params.W_dec"])).all()
 
 
 RESUMABLE = config(resample_dead_every=4, dead_neuron_threshold=0.05, auxiliary_coefficient=0.2)
