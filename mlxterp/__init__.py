@@ -22,6 +22,7 @@ from mlxterp.interventions import (
     zero_out,
 )
 from mlxterp.model import InterpretableModel
+from mlxterp.sae import SAE, SAEConfig, SAETrainer
 from mlxterp.sites import Site
 from mlxterp.version import __version__ as __version__
 
@@ -29,6 +30,9 @@ __all__ = [
     "ActivationCache",
     "InterpretableModel",
     "InterventionComposer",
+    "SAE",
+    "SAEConfig",
+    "SAETrainer",
     "Site",
     "add_vector",
     "batch_get_activations",

@@ -79,11 +79,12 @@ def test_the_progress_bar_counts_tokens_and_shows_the_figures(capsys):
         assert word in shown
 
 
-def test_the_plain_callback_and_an_unused_bar_do_nothing():
+def test_the_plain_callback_and_an_unused_bar_do_nothing(capsys):
     SAETrainer(CONFIG, callbacks=[Callback()]).fit(data())
     bar = ProgressBar()
     bar.on_step_end(1)
     bar.on_train_end()
+    assert capsys.readouterr() == ("", "")
 
 
 def test_an_end_that_fails_does_not_keep_the_others_from_theirs():
