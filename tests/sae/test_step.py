@@ -136,8 +136,9 @@ def test_the_auxiliary_loss_moves_dead_features_and_no_others(form):
         if name == "b_dec":
             assert not added.any()
             continue
-        # Not exactly zero: a GPU adds the firings of one feature in any order.
-        assert added[~dead].max() < 1e-6 * added[dead].max(), name
+        # Not exactly zero: a GPU adds what belongs to one feature in any order.
+        rounding = 1e-6 * np.abs(np.array(gradients[0][name])).max()
+        assert added[~dead].max() < rounding < 1e-2 * added[dead].max(), name
         reached = added[dead].reshape(dead.sum(), -1).max(axis=1) > 1e-6
         assert reached.all(), name
 
