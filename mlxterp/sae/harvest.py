@@ -185,7 +185,7 @@ def harvest(
     """Activations `[n, width]` of the positions that count, and their documents `[n]`.
 
     `order` says which contexts, one after another. Positions whose activation is not finite are
-    left out.
+    left out. Raises `ValueError` for a site that is not one vector per token.
     """
     tokens, documents = corpus.rows
     step = rows_per_forward(corpus.context)
@@ -195,6 +195,11 @@ def harvest(
         owners = documents[picked].reshape(-1)
         positions = np.flatnonzero(owners >= 0)
         joined = columns.join({name: captured[name] for name in columns.names})
+        if joined.shape[:-1] != tokens[picked].shape:
+            raise ValueError(
+                f"{', '.join(columns.names)} must be one vector per token, [batch, tokens, width]; "
+                f"it is {list(joined.shape)}."
+            )
         activations = joined.reshape(-1, columns.width)[mx.array(positions)]
         finite = np.array(mx.isfinite(activations).all(axis=-1))
         if not finite.all():

@@ -176,7 +176,6 @@ class _Run:
         self.step = 0
         self.seconds = 0.0
         self.started = time.perf_counter()
-        self._complete()
 
     def notify(self, event: str, *arguments: Any) -> None:
         for callback in self.callbacks:
@@ -199,6 +198,8 @@ class _Run:
         return mx.concatenate(batches)
 
     def execute(self, directory: Path | None) -> None:
+        if directory is not None:
+            self._note()
         if self.config.warmup_steps > self.n_steps // 10:
             logger.warning("Warm-up is capped at %d steps, a tenth of the run.", self.n_steps // 10)
         self.notify("on_train_begin", self.n_steps, self.batch_size, self.step)
@@ -322,8 +323,17 @@ class _Run:
             self.seconds + time.perf_counter() - self.started,
         )
 
-    def _complete(self, directory: Path | None = None) -> None:
-        """Note the state between two steps, to which an interrupted step goes back; save if due."""
+    def _complete(self, directory: Path | None) -> None:
+        """Note the state between two steps, and save it if due; for runs with checkpoints only."""
+        if directory is None:
+            return
+        self._note()
+        every = self.config.checkpoint_every
+        if every and self.step % every == 0 and self.step < self.n_steps:
+            self.save(directory)
+
+    def _note(self) -> None:
+        """Note the state between two steps, to which an interrupted step goes back."""
         self.completed = (
             dict(self.state),
             {
@@ -336,9 +346,6 @@ class _Run:
                 "validation": list(self.validated),
             },
         )
-        every = self.config.checkpoint_every
-        if directory is not None and every and self.step % every == 0 and self.step < self.n_steps:
-            self.save(directory)
 
     def save(self, directory: Path) -> None:
         """Write everything that the rest of the run depends on, as of the last complete step."""
@@ -364,4 +371,3 @@ class _Run:
         self.step, self.n_dead, self.seconds = run["step"], run["n_dead"], run["seconds"]
         self.rng.bit_generator.state = run["random_state"]
         self.training, self.validated = run["training"], run["validation"]
-        self._complete()

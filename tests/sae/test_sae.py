@@ -251,3 +251,9 @@ def test_a_dataset_of_another_model_is_refused():
     dataset = ActivationDataset.from_texts(FakeSource(), TEXTS, SITE, context_length=8)
     with pytest.raises(ValueError, match="another model"):
         SAETrainer.train(FakeSource(), SITE, dataset=dataset, config=CONFIG, verbose=False)
+
+
+def test_a_site_that_is_not_one_vector_per_token_is_refused(demo):
+    dataset = ActivationDataset.from_texts(demo, TEXTS, "layers.2.self_attn.rope")
+    with pytest.raises(ValueError, match=r"rope must be one vector per token.*\[2, 2, 256, 32\]"):
+        next(dataset.batches(8))
