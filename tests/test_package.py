@@ -16,12 +16,18 @@ ROOT = Path(mlxterp.__file__).parent.parent
 ORDER = """
 backend version
 sites interventions tokenization hooks probing dataflow architecture loading
-sae.config sae.kernels sae.activation_functions sae.files
+sae.kernels sae.activation_functions sae.files sae.gpu_sources sae.gpu_kernels sae.interrupts
 tracing trace generation analysis
-sae.coder sae.losses
+sae.config sae.coder sae.run_state sae.memory
+sae.parallel
+sae.losses sae.optimizer
+sae.schedules sae.dead_features sae.objective
+sae.initialization
+sae.step
 sae.harvest sae.dataset
-sae.step sae.run_state sae.callbacks sae.evals sae.analysis sae.steering
-sae.trainer sae.visualization
+sae.callbacks sae.evals sae.analysis sae.steering sae.visualization
+sae.run sae.loggers
+sae.trainer
 sae.base
 sae.sae
 sae.checkpoint
@@ -103,7 +109,10 @@ def _run(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_import_is_light():
-    heavy = ["mlx_lm", "transformers", "datasets", "matplotlib", "starlette", "jinja2", "wandb"]
+    heavy = [
+        "mlx_lm", "transformers", "datasets", "matplotlib", "starlette", "jinja2", "wandb",
+        "trackio", "tensorboard", "torch",
+    ]  # fmt: skip
     code = f"import sys, mlxterp, mlxterp.sae; print([m for m in {heavy} if m in sys.modules])"
     done = _run(code)
     assert done.stdout.strip() == "[]", done.stderr

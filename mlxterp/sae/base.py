@@ -18,11 +18,6 @@ from mlxterp.sae.harvest import ActivationSource, find_site
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
-ARRAYS = {
-    "encoder.safetensors": ("W_enc",),
-    "decoder.safetensors": ("W_dec", "b_dec"),
-    "encoder_bias.safetensors": ("b_enc",),
-}
 # By this file a saved coder is known; a `config.json` is in many directories, such as a model's.
 MARKER = "encoder_bias.safetensors"
 
@@ -69,6 +64,11 @@ class Statistics:
             "firing_rates": [float(f"{rate:.6g}") for rate in self.firing_rates],
             "dead_features": np.flatnonzero(self.firing_rates == 0).tolist(),
         }
+
+    def plot(self, axes: Any = None) -> Any:
+        """A matplotlib figure of loss, FVU, L0 and dead features; see
+        `visualization.plot_training`."""
+        return visualization.plot_training(self.training, self.validation, axes)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Statistics:
@@ -251,8 +251,24 @@ class BaseSAE(SparseCoder):
             "reads": self.reads.to_list(),
             "writes": self.writes.to_list(),
             "n_features": self.n_features,
-            "activation_function": {"activation_function": self.activation_name, "k": self.k},
+            "activation_function": {
+                "activation_function": self.activation_name,
+                **self.activation_function.options,
+            },
         }
+
+    def array_files(self) -> dict[str, dict[str, mx.array]]:
+        """The arrays of the coder and of its activation function by the file that holds them."""
+        return {
+            "encoder.safetensors": {"W_enc": self.W_enc, **self.activation_function.arrays},
+            "decoder.safetensors": {"W_dec": self.W_dec, "b_dec": self.b_dec},
+            MARKER: {"b_enc": self.b_enc},
+        }
+
+    def set_array(self, name: str, array: mx.array) -> None:
+        """Replace one of the arrays of `array_files`."""
+        owner = self.activation_function if name in self.activation_function.arrays else self
+        owner[name] = array
 
     def save(self, path: str | Path) -> Path:
         """Write the coder as a directory (by custom named `*.mlx`) and return its path.
@@ -264,13 +280,12 @@ class BaseSAE(SparseCoder):
             "statistics.json": self.statistics.to_dict(),
             "metadata.json": self.metadata.to_dict(),
         }
-        for file, names in ARRAYS.items():
-            contents[file] = {name: self[name] for name in names}
+        contents |= self.array_files()
         return write_directory(path, contents, marker=MARKER)
 
     def __repr__(self) -> str:
         sites = ", ".join(self.reads.names)
         return (
             f"{type(self).__name__}({sites}, d_in={self.d_in}, n_features={self.n_features}, "
-            f"{self.activation_name}, k={self.k})"
+            f"{self.activation_name}{'' if self.k is None else f', k={self.k}'})"
         )

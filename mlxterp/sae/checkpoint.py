@@ -1,7 +1,7 @@
 """Reading coders from disk; `BaseSAE.save` writes them.
 
 config.json                everything that rebuilds the coder
-encoder.safetensors        W_enc
+encoder.safetensors        W_enc, and the activation function's own arrays
 decoder.safetensors        W_dec, b_dec
 encoder_bias.safetensors   b_enc
 statistics.json            reports, firing rates, dead features
@@ -13,9 +13,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mlxterp.sae.base import ARRAYS, CONFIG_FILE, FORMAT_VERSION, BaseSAE, Metadata, Statistics
+from mlxterp.sae.base import CONFIG_FILE, FORMAT_VERSION, BaseSAE, Metadata, Statistics
 from mlxterp.sae.coder import Columns
-from mlxterp.sae.files import read_arrays, read_json
+from mlxterp.sae.files import read_arrays, read_json, recover
 from mlxterp.sae.sae import SAE
 
 KINDS: dict[str, type[BaseSAE]] = {SAE.kind: SAE}
@@ -29,6 +29,8 @@ def load_sae(path: str | Path) -> BaseSAE:
     configuration says. Nothing is returned half-loaded.
     """
     path = Path(path)
+    if not path.is_dir():
+        recover(path.parent, path.name)
     if not path.is_dir():
         raise FileNotFoundError(f"There is no saved coder at {path}.")
     file = path / CONFIG_FILE
@@ -47,10 +49,10 @@ def load_sae(path: str | Path) -> BaseSAE:
             f"{path / 'statistics.json'}: 'firing_rates' must have {coder.n_features} entries or "
             f"none, got {len(statistics.firing_rates)}."
         )
-    for file, names in ARRAYS.items():
-        shapes = {name: tuple(coder[name].shape) for name in names}
+    for file, arrays in coder.array_files().items():
+        shapes = {name: tuple(array.shape) for name, array in arrays.items()}
         for name, array in read_arrays(path / file, shapes).items():
-            coder[name] = array
+            coder.set_array(name, array)
     coder.metadata, coder.statistics = metadata, statistics
     return coder
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxterp.sae.activation_functions import ACTIVATION_FUNCTIONS
+from mlxterp.sae.activation_functions import make_activation_function
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,11 @@ class Columns:
             name: slice(end - width, end)
             for name, width, end in zip(self.names, self.widths, ends, strict=True)
         }
+
+    def only(self, name: str) -> Columns:
+        """The columns of one site by themselves; raises `ValueError` where there is none."""
+        _check_sites((name,), list(self.names))
+        return Columns((name,), (self.widths[self.names.index(name)],))
 
     def to_list(self) -> list[dict[str, str | int]]:
         """Names and widths as plain values."""
@@ -79,16 +84,10 @@ class SparseCoder(nn.Module):
         writes: Columns,
         n_features: int,
         activation_function: str = "topk",
-        k: int = 100,
+        k: int | None = 100,
     ):
         super().__init__()
-        if k != int(k) or not 1 <= k <= n_features:
-            raise ValueError(f"k must be in [1, n_features = {n_features}], got {k}.")
-        if activation_function not in ACTIVATION_FUNCTIONS:
-            raise ValueError(
-                f"activation_function must be one of {sorted(ACTIVATION_FUNCTIONS)}, "
-                f"got {activation_function!r}."
-            )
+        function = make_activation_function(activation_function, n_features, k)
         self.reads = reads
         self.writes = writes
         self.W_enc = mx.zeros((n_features, reads.width))
@@ -96,7 +95,7 @@ class SparseCoder(nn.Module):
         self.W_dec = mx.zeros((n_features, writes.width))
         self.b_dec = mx.zeros((writes.width,))
         self.activation_name = activation_function
-        self.activation_function = ACTIVATION_FUNCTIONS[activation_function](int(k))
+        self.activation_function = function
 
     @property
     def n_features(self) -> int:
@@ -114,9 +113,10 @@ class SparseCoder(nn.Module):
         return self.W_dec.shape[1]
 
     @property
-    def k(self) -> int:
-        """The number of features that may be active on one token."""
-        return self.activation_function.k
+    def k(self) -> int | None:
+        """The number of features that may be active on one token (with BatchTopK on average);
+        `None` where the activation function sets none."""
+        return self.activation_function.options.get("k")
 
     def _joined(self, x: mx.array | Mapping[str, mx.array]) -> mx.array:
         x = self.reads.join(x) if isinstance(x, Mapping) else mx.array(x)

@@ -7,9 +7,21 @@ from collections.abc import Callable
 from dataclasses import InitVar, asdict, dataclass, fields
 from typing import Any, Literal, Self, get_args
 
+from mlxterp.sae.activation_functions import ACTIVATION_FUNCTIONS
+
 RECOMMENDED_TRAINING_TOKENS = 3_000_000
 
+ActivationName = Literal["topk", "batch_topk", "abs_topk", "jumprelu", "relu", "gated"]
+Penalty = Literal["l1", "l0", "tanh", "quadratic"]
 LearningRateSchedule = Literal["constant", "linear", "cosine"]
+BiasInit = Literal["mean", "geometric_median"]
+Precision = Literal["float32", "bfloat16"]
+CHOICES = {
+    "activation_function": ActivationName,
+    "lr_schedule": LearningRateSchedule,
+    "bias_init": BiasInit,
+    "precision": Precision,
+}
 
 
 def _is_number(value: Any) -> bool:
@@ -30,8 +42,13 @@ class SAEConfig:
 
     expansion_factor: float = 16
     """Features per input dimension: `n_features = round(expansion_factor * d_in)`."""
+    activation_function: ActivationName = "topk"
+    """What makes the code sparse: a fixed number of active features on each token (`topk`, and
+    `abs_topk` with signs) or on average (`batch_topk`), or a penalty (`jumprelu`, `relu`, `gated`).
+    The modules in `mlxterp.sae.activation_functions` say how each works."""
     k: int = 100
-    """Features that may be active on one token."""
+    """Features that may be active on one token; for those with a penalty, the mean number that the
+    run steers to, unless `target_l0` or `lambda_sparse` says otherwise."""
     learning_rate: float = 1e-4
     """Peak learning rate of Adam."""
     batch_size: int = 256
@@ -39,12 +56,46 @@ class SAEConfig:
     num_epochs: int = 10
     """Passes over the training tokens."""
     lambda_sparse: float = 0.0
-    """Coefficient of an L1 penalty on the code, added to the loss."""
+    """Coefficient of the sparsity penalty that is added to the loss. With a penalised activation
+    function and 0 it is found by the run, so that `target_l0` is met."""
+    sparsity_penalty: Penalty | None = None
+    """`l1`, `l0` (a count with a straight-through gradient), `tanh` (a soft count), or `quadratic`
+    (the squared relative distance of the count from `target_l0`). `None`: for `jumprelu`, which
+    alone has the last two, `quadratic` or, with a `lambda_sparse`, `l0`; otherwise `l1`."""
+    target_l0: float | None = None
+    """The mean number of active features to which the penalty's coefficient is steered; `None`:
+    `k`, or no steering where `lambda_sparse` is above 0."""
+    sparsity_warmup_steps: int = 1000
+    """Steps over which the penalty is raised from nothing, at most a tenth of the run."""
+    k_anneal_steps: int = 0
+    """Steps over which `topk` and its kin come down to `k`, in stages, from as many active features
+    as the input has dimensions."""
+    matryoshka_prefixes: tuple[float, ...] = ()
+    """Shares of the features, ascending, such as `(1/16, 1/4)`, each of which must reconstruct by
+    itself as well; empty: only all of them together (arXiv 2503.17547)."""
+    bandwidth: float = 0.5
+    """Width of the kernel that estimates the gradient of JumpReLU's thresholds, in units of the
+    normalised activations (mean squared norm = width)."""
+    initial_threshold: float | None = None
+    """JumpReLU's thresholds at the start, in the same units; `None`: such that the first code has
+    the L0 that is wanted."""
     normalize_activations: bool = True
     """Train on activations that are centred and scaled to a mean squared norm equal to their width;
     the saved coder has this folded into its arrays and works on raw activations."""
     tied_weights: bool = False
     """Use the decoder's rows as the encoder's rows."""
+    decoder_unit_norm: bool = True
+    """Keep decoder rows at norm 1, and remove from their gradient what points along them. Otherwise
+    penalties are weighted by the norms, and those are folded into the code at the end where the
+    activation function permits it."""
+    bias_init: BiasInit = "mean"
+    """Where the decoder's bias starts: the mean of the data or, less moved by outliers, their
+    geometric median."""
+    scale_init: bool = True
+    """Scale the encoder at the start so that the first code reconstructs as well as it can."""
+    precision: Precision = "float32"
+    """Type of the products in a step; parameters and optimiser stay float32. `bfloat16` is for
+    GPUs: MLX's CPU back-end is slow with it."""
     dead_neuron_threshold: float = 1e-6
     """Firing rate, as a fraction of the tokens in the window, below which a feature is dead."""
     dead_window: int | None = None
@@ -62,8 +113,13 @@ class SAEConfig:
     """Largest norm of the whole gradient; 0: no clipping."""
     checkpoint_every: int = 5000
     """Steps between checkpoints, where the trainer has a directory for them; 0: only at the end."""
+    checkpoints_kept: int = 2
+    """How many of the newest checkpoints are kept."""
     validation_split: float = 0.05
     """Share of the data held out, by document, and never trained on."""
+    validate_every: int | None = None
+    """Steps between two measurements on the held-out data; `None`: a tenth of the run. The last
+    one is always at the end."""
     log_every: int = 100
     """Steps between two readings of the metrics."""
     seed: int = 42
@@ -74,20 +130,68 @@ class SAEConfig:
     def __post_init__(self, normalize_input: bool | None) -> None:
         if normalize_input is not None:
             object.__setattr__(self, "normalize_activations", normalize_input)
-        for field in ("expansion_factor", "learning_rate"):
+        object.__setattr__(self, "matryoshka_prefixes", tuple(self.matryoshka_prefixes))
+        for field in ("expansion_factor", "learning_rate", "bandwidth"):
             self._check(field, "a number above 0", lambda x: _is_number(x) and x > 0)
+        allowed = "None or a number above 0"
+        self._check("initial_threshold", allowed, lambda x: x is None or (_is_number(x) and x > 0))
         for field in ("lambda_sparse", "auxiliary_coefficient", "gradient_clip"):
             self._check(field, "a number >= 0", lambda x: _is_number(x) and x >= 0)
         for field in ("validation_split", "dead_neuron_threshold"):
             self._check(field, "in [0, 1)", lambda x: _is_number(x) and 0 <= x < 1)
-        for field in ("k", "batch_size", "num_epochs", "log_every"):
+        for field in ("k", "batch_size", "num_epochs", "log_every", "checkpoints_kept"):
             self._check(field, "a whole number >= 1", lambda x: _is_whole(x) and x >= 1)
-        for field in ("resample_dead_every", "warmup_steps", "checkpoint_every", "seed"):
+        for field in ("resample_dead_every", "warmup_steps", "sparsity_warmup_steps",
+                      "k_anneal_steps", "checkpoint_every", "seed"):  # fmt: skip
             self._check(field, "a whole number >= 0", lambda x: _is_whole(x) and x >= 0)
-        allowed = "None or a whole number >= 1"
-        self._check("dead_window", allowed, lambda x: x is None or (_is_whole(x) and x >= 1))
-        schedules = get_args(LearningRateSchedule)
-        self._check("lr_schedule", f"one of {schedules}", lambda x: x in schedules)
+        for field in ("dead_window", "validate_every"):
+            allowed = "None or a whole number >= 1"
+            self._check(field, allowed, lambda x: x is None or (_is_whole(x) and x >= 1))
+        for field, kind in CHOICES.items():
+            choices = get_args(kind)
+            self._check(field, f"one of {choices}", lambda x, among=choices: x in among)
+        prefixes = self.matryoshka_prefixes
+        ascending = list(prefixes) == sorted(set(prefixes))
+        inside = all(_is_number(share) and 0 < share < 1 for share in prefixes)
+        self._check(
+            "matryoshka_prefixes", "ascending shares in (0, 1)", lambda _: ascending and inside
+        )
+        self._check_penalty()
+
+    def _check_penalty(self) -> None:
+        function = ACTIVATION_FUNCTIONS[self.activation_function]
+        self._check(
+            "target_l0",
+            "None or a number above 0, and None for functions whose L0 is k",
+            lambda x: x is None or (not function.selects and _is_number(x) and x > 0),
+        )
+        self._check(
+            "sparsity_penalty",
+            f"None or one of {function.penalties} for {self.activation_function!r}",
+            lambda x: x is None or x in function.penalties,
+        )
+
+    @property
+    def penalty(self) -> Penalty | None:
+        """The sparsity penalty in use; `None` where there is none."""
+        function: Any = ACTIVATION_FUNCTIONS[self.activation_function]
+        if function.selects and not self.lambda_sparse:
+            return None
+        if self.sparsity_penalty is None and self.lambda_sparse and "l0" in function.penalties:
+            return "l0"
+        return self.sparsity_penalty or function.penalties[0]
+
+    @property
+    def wanted_l0(self) -> float:
+        """The mean number of active features that the run aims at."""
+        return self.k if self.target_l0 is None else self.target_l0
+
+    @property
+    def steers_l0(self) -> bool:
+        """Whether the penalty's coefficient follows the number of active features."""
+        if self.penalty is None or self.penalty == "quadratic":
+            return False
+        return self.target_l0 is not None or not self.lambda_sparse
 
     def _check(self, field: str, allowed: str, holds: Callable[[Any], bool]) -> None:
         value = getattr(self, field)
@@ -100,10 +204,11 @@ class SAEConfig:
         Raises `ValueError` where `k` exceeds it.
         """
         n = round(self.expansion_factor * d_in)
-        if self.k > n:
+        field = "k" if self.target_l0 is None else "target_l0"
+        if self.wanted_l0 > n:
             raise ValueError(
-                f"k must be at most the number of features, {n} "
-                f"(expansion_factor {self.expansion_factor} x width {d_in}), got {self.k}."
+                f"{field} must be at most the number of features, {n} "
+                f"(expansion_factor {self.expansion_factor} x width {d_in}), got {self.wanted_l0}."
             )
         return n
 
@@ -135,7 +240,7 @@ class SAEConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as plain values."""
-        return asdict(self)
+        return {**asdict(self), "matryoshka_prefixes": list(self.matryoshka_prefixes)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

@@ -1,12 +1,18 @@
-"""Directories written whole or not at all, and files that are checked before they are believed."""
+"""Directories that survive a crash whole, and files that are checked before they are believed."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
+import io
 import json
 import math
+import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +21,36 @@ from safetensors import SafetensorError, safe_open
 
 Contents = Mapping[str, Any]
 
+CHECKSUMS_FILE = "checksums.json"
+SCRATCH = ".unfinished"
 
-def write_directory(path: str | Path, contents: Contents, marker: str) -> Path:
+
+def write_directory(
+    path: str | Path, contents: Contents, marker: str, checksums: bool = False
+) -> Path:
     """Write `{file name: arrays or JSON value}` as a directory that appears complete or not at all.
 
-    Arrays go to safetensors, everything else to JSON. An older directory is replaced if it holds a
-    file named `marker`; raises `ValueError` where something else is in the way.
+    Arrays go to safetensors, everything else to JSON; all of it has reached the disk when this
+    returns. With `checksums` one more file notes the CRC-32 of each, for `verify`. An older
+    directory is replaced if it holds a file named `marker`. Raises `ValueError` where something
+    else is in the way, and `OSError` naming the bytes needed and free where writing fails; what was
+    at `path` is then still there.
     """
     path = Path(path)
-    check_replaceable(path, marker)
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    recover(path.parent, path.name)
+    check_replaceable(path, marker)
     try:
-        for name, content in contents.items():
-            if name.endswith(".safetensors"):
-                mx.save_safetensors(str(new / name), dict(content))
-            else:
-                text = json.dumps(_standard(content), indent=1, allow_nan=False)
-                (new / name).write_text(text + "\n", encoding="utf-8")
-        new.chmod(0o755)
-        _replace(path, new)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+        with _scratch(path) as scratch:
+            _write_files(scratch / "new", contents, checksums)
+            _publish(scratch, path)
+    except OSError as error:
+        needed, free = _size(contents), shutil.disk_usage(path.parent).free
+        raise OSError(
+            error.errno or errno.EIO,
+            f"{path} could not be written ({error.strerror or error}): it needs {needed:,} bytes, "
+            f"{free:,} are free",
+        ) from error
     return path
 
 
@@ -44,6 +58,126 @@ def check_replaceable(path: Path, marker: str) -> None:
     """Raises `ValueError` where something is at `path` that `write_directory` will not replace."""
     if path.exists() and not (path / marker).is_file() and (path.is_file() or any(path.iterdir())):
         raise ValueError(f"{path} exists and holds no {marker}; it is not overwritten.")
+
+
+def recover(directory: Path, name: str | None = None) -> None:
+    """Clear up after processes that were killed in `write_directory`.
+
+    What they left unfinished is removed; a directory that they had moved aside, to replace it,
+    comes back. Of one `name` or of all; work of living processes is left alone.
+    """
+    for scratch in directory.glob(f".*{SCRATCH}"):
+        original = scratch.name[1 : -len(SCRATCH)].rpartition(".")[0]
+        if name in (None, original):
+            with contextlib.suppress(OSError), _locked(scratch) as mine:
+                if mine:
+                    _clear(scratch, directory / original)
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[bool]:
+    """Whether this process has the lock, which ends with the block or with the process."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = True
+        except OSError:  # another process has it, or the file system knows no locks
+            mine = False
+        yield mine
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _scratch(path: Path) -> Iterator[Path]:
+    """A locked directory to work in, beside `path`; `old` in it goes back there on failure."""
+    made = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    scratch = made.with_name(made.name + SCRATCH)
+    try:
+        with _locked(made):
+            made.rename(scratch)  # only now, as `recover` removes what is not locked
+            yield scratch
+    finally:
+        _clear(scratch, path)
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _clear(scratch: Path, path: Path) -> None:
+    old = scratch / "old"
+    if os.path.lexists(old) and not path.exists():
+        old.rename(path)
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+class _CheckedFile(io.BufferedWriter):
+    """A new file that counts the CRC-32 of what is written to it."""
+
+    checksum = 0
+
+    def write(self, data: Any) -> int:
+        self.checksum = zlib.crc32(data, self.checksum)
+        return super().write(data)
+
+
+def _write_files(directory: Path, contents: Contents, checksums: bool) -> None:
+    directory.mkdir()
+    found = {name: _write_file(directory / name, content) for name, content in contents.items()}
+    if checksums:
+        _write_file(directory / CHECKSUMS_FILE, found)
+    _sync(directory)
+
+
+def _write_file(path: Path, content: Any) -> int:
+    with _CheckedFile(io.FileIO(path, "xb")) as file:
+        if path.suffix == ".safetensors":
+            # Through a file of our own: where the disk is full, that raises an `OSError`.
+            writable: Any = file
+            mx.save_safetensors(writable, dict(content))
+        else:
+            file.write(_to_json(content))
+    _sync(path)
+    return file.checksum
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        full = getattr(fcntl, "F_FULLFSYNC", None)
+        if full is not None:  # macOS, where fsync trusts the cache of the drive
+            with contextlib.suppress(OSError):
+                fcntl.fcntl(descriptor, full)
+                return
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some file systems of networks know no sync of directories.
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _publish(scratch: Path, path: Path) -> None:
+    """Move `new` to `path`, and what is there to `old`, from where `_clear` brings it back."""
+    if path.exists():
+        path.rename(scratch / "old")
+    (scratch / "new").rename(path)
+    _sync(path.parent)
+
+
+def _size(contents: Contents) -> int:
+    """The bytes that the files take, but for the headers of safetensors."""
+    return sum(
+        sum(array.nbytes for array in content.values())
+        if name.endswith(".safetensors")
+        else len(_to_json(content))
+        for name, content in contents.items()
+    )
+
+
+def _to_json(content: Any) -> bytes:
+    return (json.dumps(_standard(content), indent=1, allow_nan=False) + "\n").encode()
 
 
 def _standard(content: Any) -> Any:
@@ -55,19 +189,20 @@ def _standard(content: Any) -> Any:
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
-def _replace(path: Path, new: Path) -> None:
-    if not path.exists():
-        new.rename(path)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-    kept = path.rename(old / path.name)
-    try:
-        new.rename(path)
-    except BaseException:
-        kept.rename(path)
-        old.rmdir()
-        raise
-    shutil.rmtree(old)
+def verify(directory: Path, required: tuple[str, ...]) -> None:
+    """Compare all files with their checksums; raises `ValueError` naming one that is damaged."""
+    for name, expected in read_json(directory / CHECKSUMS_FILE, required).items():
+        path, found = directory / name, 0
+        try:
+            with path.open("rb") as file:
+                while data := file.read(1 << 22):
+                    found = zlib.crc32(data, found)
+        except FileNotFoundError:
+            raise ValueError(f"{path} is missing.") from None
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error}.") from None
+        if found != expected:
+            raise ValueError(f"{path} is damaged: its checksum is {found}, not {expected}.")
 
 
 def read_json(path: Path, required: tuple[str, ...] = ()) -> dict[str, Any]:

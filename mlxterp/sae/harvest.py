@@ -187,23 +187,41 @@ def harvest(
     `order` says which contexts, one after another. Positions whose activation is not finite are
     left out. Raises `ValueError` for a site that is not one vector per token.
     """
+    # One forward ahead, so that the device computes while the one before it is looked at.
+    waiting = None
+    for following in _forwards(source, corpus, columns, order):
+        if waiting is not None:
+            yield from _finite(*waiting)
+        waiting = following
+    if waiting is not None:
+        yield from _finite(*waiting)
+
+
+def _forwards(
+    source: ActivationSource, corpus: Corpus, columns: Columns, order: np.ndarray
+) -> Iterator[tuple[mx.array, np.ndarray]]:
+    """Activations and documents as in `harvest`, of all positions that count, being computed."""
     tokens, documents = corpus.rows
     step = rows_per_forward(corpus.context)
     for start in range(0, len(order), step):
         picked = order[start : start + step]
         captured = source.run(mx.array(tokens[picked]), capture=columns.names, stop=True)
-        owners = documents[picked].reshape(-1)
-        positions = np.flatnonzero(owners >= 0)
         joined = columns.join({name: captured[name] for name in columns.names})
         if joined.shape[:-1] != tokens[picked].shape:
             raise ValueError(
                 f"{', '.join(columns.names)} must be one vector per token, [batch, tokens, width]; "
                 f"it is {list(joined.shape)}."
             )
+        owners = documents[picked].reshape(-1)
+        positions = np.flatnonzero(owners >= 0)
         activations = joined.reshape(-1, columns.width)[mx.array(positions)]
-        finite = np.array(mx.isfinite(activations).all(axis=-1))
-        if not finite.all():
-            positions = positions[finite]
-            activations = activations[mx.array(np.flatnonzero(finite))]
-        if len(positions):
-            yield activations, owners[positions]
+        mx.async_eval(activations)
+        yield activations, owners[positions]
+
+
+def _finite(activations: mx.array, owners: np.ndarray) -> Iterator[tuple[mx.array, np.ndarray]]:
+    finite = np.array(mx.isfinite(activations).all(axis=-1))
+    if not finite.all():
+        activations, owners = activations[mx.array(np.flatnonzero(finite))], owners[finite]
+    if len(owners):
+        yield activations, owners

@@ -12,13 +12,19 @@ scattered code is the better form. Both give the same numbers.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
 
 # The stubs of MLX say that what it decorates returns `object`.
 _custom_function: Any = mx.custom_function
+
+GATHERED_BYTES = 64 << 20
 
 
 def _uses_segments() -> bool:
@@ -62,67 +68,238 @@ def scatter_code(values: mx.array, indices: mx.array, n_features: int) -> mx.arr
     return mx.put_along_axis(zeros, indices, values, axis=-1)
 
 
-def _segments(indices: mx.array, n_features: int) -> tuple[mx.array, mx.array]:
-    """The order that sorts the pairs by feature, and each feature's `[start, end)` in it."""
-    flat = indices.reshape(-1)
-    order = mx.argsort(flat)
-    counts = mx.zeros((n_features,), mx.int32).at[flat].add(mx.array(1, mx.int32))
+@dataclass(frozen=True)
+class Pairs:
+    """The (token, feature) pairs of a batch that may be active, sorted by token.
+
+    `tokens` and `features` are `[n_pairs]`; `per_token` is their number on each token where that is
+    the same everywhere.
+    """
+
+    tokens: mx.array
+    features: mx.array
+    n_tokens: int
+    n_features: int
+    per_token: int | None
+
+    @cached_property
+    def by_feature(self) -> tuple[mx.array, mx.array]:
+        """The order that sorts the pairs by feature, and each feature's `[start, end)` in it."""
+        return mx.argsort(self.features), _segments(self.features, self.n_features)
+
+    def dense(self, values: mx.array) -> mx.array:
+        """The code `[n_tokens, n_features]` with `values` at the pairs."""
+        if self.per_token is not None:
+            shape = (self.n_tokens, self.per_token)
+            return scatter_code(
+                values.reshape(shape), self.features.reshape(shape), self.n_features
+            )
+        flat = scatter_code(values[None], self._flat[None], self.n_tokens * self.n_features)
+        return flat.reshape(self.n_tokens, self.n_features)
+
+    def at(self, dense: mx.array) -> mx.array:
+        """The entries `[n_pairs]` of a `[n_tokens, n_features]` array."""
+        if self.per_token is not None:
+            features = self.features.reshape(self.n_tokens, self.per_token)
+            return mx.take_along_axis(dense, features, axis=-1).reshape(-1)
+        return mx.take(dense.reshape(-1), self._flat)
+
+    @property
+    def _flat(self) -> mx.array:
+        return self.tokens * self.n_features + self.features
+
+    def ordered(self) -> Pairs:
+        """The same pairs, on each token sorted by feature."""
+        if self.per_token is None:
+            return self
+        features = mx.sort(self.features.reshape(self.n_tokens, self.per_token), axis=-1)
+        return replace(self, features=features.reshape(-1))
+
+
+def select_per_token(pre: mx.array, k: int) -> Pairs:
+    """The `k` largest entries of each row of `[batch, n_features]`."""
+    batch, n_features = pre.shape
+    features = top_k(pre, k).reshape(-1)
+    tokens = mx.arange(batch * k, dtype=mx.uint32) // k
+    return Pairs(tokens, features, batch, n_features, k)
+
+
+def select_from_batch(pre: mx.array, n: int) -> Pairs:
+    """The `n` largest entries of `[batch, n_features]`, wherever they are."""
+    batch, n_features = pre.shape
+    flat = mx.sort(top_k(pre.reshape(1, -1), n)[0])
+    return Pairs(flat // n_features, flat % n_features, batch, n_features, None)
+
+
+def _segments(ids: mx.array, n: int) -> mx.array:
+    """Each id's `[start, end)` `[n, 2]` among ids that are sorted."""
+    counts = mx.zeros((n,), mx.int32).at[ids].add(mx.array(1, mx.int32))
     ends = mx.cumsum(counts)
-    return order, mx.stack([ends - counts, ends], axis=-1).astype(mx.uint32)
+    return mx.stack([ends - counts, ends], axis=-1).astype(mx.uint32)
 
 
-def row_sums(values: mx.array, indices: mx.array, rows: mx.array, n_features: int) -> mx.array:
-    """`out[f] = sum of values[b, j] * rows[b] over all pairs with indices[b, j] == f`.
+def _column_blocks(n_rows: int, width: int) -> int:
+    """Into how many equal blocks of columns gathered rows are cut, to bound the memory."""
+    wanted = n_rows * width * 4 / GATHERED_BYTES
+    return next((n for n in range(1, width + 1) if n >= wanted and width % n == 0), width)
 
-    `values` and `indices` are `[batch, k]`, `rows` `[batch, d]`; the result is `[n_features, d]`.
+
+def _by_blocks(
+    matrix: mx.array, indices: mx.array, use: Callable[[mx.array, int], mx.array]
+) -> list[mx.array]:
+    """`use(rows, block)` for every block of columns of the rows of `matrix` at `indices`."""
+    n_rows, width = matrix.shape
+    blocks = _column_blocks(len(indices), width)
+    if blocks == 1:
+        return [use(matrix[indices], 0)]
+    cut = matrix.reshape(n_rows * blocks, width // blocks)
+    return [use(cut[indices * blocks + block], block) for block in range(blocks)]
+
+
+def row_sums(
+    values: mx.array, pairs: Pairs, matrix: mx.array, rows: mx.array | None = None
+) -> mx.array:
+    """`out[f] = sum of values[p] * matrix[rows[p]] over all pairs p with features[p] == f`.
+
+    `values` and `rows` are `[n_pairs]`, `matrix` `[n_rows, d]`; the result is `[n_features, d]`.
+    Without `rows` they are the pairs' tokens.
     """
     if not _uses_segments():
-        return scatter_code(values, indices, n_features).T @ rows
-    order, segments = _segments(indices, n_features)
-    tokens = order // indices.shape[1]
-    sums = mx.segmented_mm(values.reshape(1, -1)[:, order], rows[tokens], segments)
-    return sums.reshape(n_features, rows.shape[1])
+        assert rows is None
+        return pairs.dense(values.astype(matrix.dtype)).T @ matrix
+    order, segments = pairs.by_feature
+    weights = values[order][None]
+    parts = _by_blocks(
+        matrix,
+        (pairs.tokens if rows is None else rows)[order],
+        lambda gathered, _: mx.segmented_mm(weights, gathered, segments)[:, 0],
+    )
+    return _joined(parts, axis=-1)
 
 
-@_custom_function
 def pre_activations_at(
-    pre: mx.array, indices: mx.array, x: mx.array, W_enc: mx.array, b_enc: mx.array
+    pre: mx.array, pairs: Pairs, x: mx.array, W_enc: mx.array, b_enc: mx.array
 ) -> mx.array:
-    """The pre-activations `[batch, k]` at `indices`, with gradients for `W_enc` and `b_enc`.
+    """The pre-activations `[n_pairs]` at the pairs, with gradients for `W_enc` and `b_enc`.
 
     `pre` `[batch, n_features]` must be `x @ W_enc.T + b_enc` and is treated as a constant.
     """
-    return mx.take_along_axis(pre, indices, axis=-1)
+    return with_gradients(pairs.at(mx.stop_gradient(pre)), pairs, x, W_enc, b_enc)
 
 
-@pre_activations_at.vjp
-def _pre_activations_at_vjp(primals, cotangent, _):
-    pre, indices, x, W_enc, b_enc = primals
-    n_features = W_enc.shape[0]
-    bias = mx.zeros_like(b_enc).at[indices.reshape(-1)].add(cotangent.reshape(-1))
-    return (
-        mx.zeros_like(pre),
-        mx.zeros_like(indices),
-        mx.zeros_like(x),
-        row_sums(cotangent, indices, x, n_features),
-        bias,
-    )
+def with_gradients(
+    raw: mx.array, pairs: Pairs, x: mx.array, W_enc: mx.array, b_enc: mx.array
+) -> mx.array:
+    """`pre_activations_at` where they are known, as `raw` `[n_pairs]`."""
+
+    @_custom_function
+    def look_up(W_enc: mx.array, b_enc: mx.array) -> mx.array:
+        return raw
+
+    @look_up.vjp
+    def _vjp(primals, cotangent, _):
+        # In float32: sums of many bfloat16 numbers stop growing.
+        bias = mx.zeros(primals[1].shape).at[pairs.features].add(cotangent)
+        return row_sums(cotangent, pairs, x), bias.astype(primals[1].dtype)
+
+    return look_up(W_enc, b_enc)
 
 
-@_custom_function
-def decode_pairs(values: mx.array, indices: mx.array, W_dec: mx.array) -> mx.array:
-    """`z @ W_dec` `[batch, d_out]` for the code given by the pairs `[batch, k]`."""
-    if _uses_segments():
-        return (values[:, None, :] @ W_dec[indices])[:, 0]
-    return scatter_code(values, indices, W_dec.shape[0]) @ W_dec
+def decode_pairs(
+    values: mx.array, pairs: Pairs, W_dec: mx.array, bounds: tuple[int, ...] = ()
+) -> mx.array:
+    """What each group of features adds to the reconstruction, `[batch, n_groups, d_out]`.
+
+    `values` `[n_pairs]` are the code at the pairs; `bounds` are the first features of all groups
+    but the first, and with them the pairs must be ordered. Summed over the groups it is
+    `z @ W_dec`.
+    """
+    form = _decode_segments if _uses_segments() else _decode_dense
+    return form(values, pairs, W_dec, bounds)
 
 
-@decode_pairs.vjp
-def _decode_pairs_vjp(primals, cotangent, _):
-    values, indices, W_dec = primals
-    if _uses_segments():
-        gradient = (W_dec[indices] @ cotangent[:, :, None])[..., 0]
-    else:
-        gradient = mx.take_along_axis(cotangent @ W_dec.T, indices, axis=-1)
-    rows = row_sums(values, indices, cotangent, W_dec.shape[0])
-    return gradient, mx.zeros_like(indices), rows
+def _decode_dense(
+    values: mx.array, pairs: Pairs, W_dec: mx.array, bounds: tuple[int, ...]
+) -> mx.array:
+    z = pairs.dense(mx.stop_gradient(values).astype(W_dec.dtype))
+    groups = _groups(bounds, pairs.n_features)
+
+    @_custom_function
+    def decode(values: mx.array, W_dec: mx.array) -> mx.array:
+        return mx.stack([z[:, part] @ W_dec[part] for part in groups], axis=1)
+
+    @decode.vjp
+    def _vjp(primals, cotangent, _):
+        values, W_dec = primals
+        by_group = [(part, cotangent[:, i]) for i, part in enumerate(groups)]
+        at_code = _joined([g @ W_dec[part].T for part, g in by_group], axis=-1)
+        rows = _joined([z[:, part].T @ g for part, g in by_group], axis=0)
+        return pairs.at(at_code).astype(values.dtype), rows
+
+    return decode(values, W_dec)
+
+
+def decode_groups(z: mx.array, W_dec: mx.array, bounds: tuple[int, ...] = ()) -> mx.array:
+    """What each group of features of a dense code adds, as `decode_pairs`; every gradient dense."""
+    groups = _groups(bounds, len(W_dec))
+    return mx.stack([z[:, part] @ W_dec[part] for part in groups], axis=1)
+
+
+def _groups(bounds: tuple[int, ...], n_features: int) -> list[slice]:
+    return [slice(a, b) for a, b in itertools.pairwise((0, *bounds, n_features))]
+
+
+def _joined(parts: list[mx.array], axis: int) -> mx.array:
+    return mx.concatenate(parts, axis=axis) if len(parts) > 1 else parts[0]
+
+
+def _decode_segments(
+    values: mx.array, pairs: Pairs, W_dec: mx.array, bounds: tuple[int, ...]
+) -> mx.array:
+    n_groups = len(bounds) + 1
+    n_rows = pairs.n_tokens * n_groups
+    # Group g of token t is row t * n_groups + g of what follows.
+    rows = pairs.tokens
+    for i, bound in enumerate(bounds):
+        rows = (rows * n_groups if i == 0 else rows) + (pairs.features >= bound)
+    k = None if bounds else pairs.per_token
+
+    @_custom_function
+    def decode(values: mx.array, W_dec: mx.array) -> mx.array:
+        if k is not None:
+            weights = values.reshape(n_rows, 1, k)
+            use = lambda gathered, _: weights @ gathered.reshape(n_rows, k, -1)  # noqa: E731
+        else:
+            segments = _segments(rows, n_rows)
+            use = lambda gathered, _: mx.segmented_mm(values[None], gathered, segments)  # noqa: E731
+        parts = _by_blocks(W_dec, pairs.features, use)
+        return _joined(parts, axis=-1).reshape(pairs.n_tokens, n_groups, -1)
+
+    @decode.vjp
+    def _vjp(primals, cotangent, _):
+        values, W_dec = primals
+        cotangent = cotangent.reshape(n_rows, -1)
+        dots = _dots(cotangent, rows, W_dec, pairs.features, k)
+        sums = row_sums(values, pairs, cotangent, rows)
+        return dots.astype(values.dtype), sums.astype(W_dec.dtype)
+
+    return decode(values, W_dec)
+
+
+def _dots(
+    left: mx.array, rows: mx.array, right: mx.array, features: mx.array, k: int | None
+) -> mx.array:
+    """`left[rows[p]] . right[features[p]]` for every pair, `[n_pairs]`; `k` pairs in each row."""
+    if k is None:
+        return mx.gather_mm(
+            left[:, None, :], right[:, :, None], lhs_indices=rows, rhs_indices=features
+        ).reshape(-1)
+    n_rows = len(left)
+
+    def use(gathered: mx.array, block: int) -> mx.array:
+        n = gathered.shape[-1]
+        part = left[:, block * n : (block + 1) * n, None]
+        return (gathered.reshape(n_rows, k, n) @ part).reshape(-1)
+
+    first, *others = _by_blocks(right, features, use)
+    return sum(others, start=first)

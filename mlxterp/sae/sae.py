@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ from mlxterp.sae.config import SAEConfig
 from mlxterp.sae.dataset import ActivationDataset
 from mlxterp.sae.files import check_replaceable
 from mlxterp.sae.harvest import ActivationSource, find_site
-from mlxterp.sae.trainer import Trainer
+from mlxterp.sae.parallel import Parallel, is_first
+from mlxterp.sae.trainer import Trainer, TrainingResult, train_together
 from mlxterp.version import __version__
 
 
@@ -52,7 +52,8 @@ class SAETrainer:
     """Trains SAEs: `fit` on activations, `train` from a model and texts.
 
     `config=None` stands for the recommended recipe, chosen by the width of the site and the amount
-    of data.
+    of data. `parallel` divides the work among the processes that `mlx.launch` started, by tokens,
+    `"data"`, or by features, `"features"`: see `Trainer`.
     """
 
     def __init__(
@@ -60,43 +61,74 @@ class SAETrainer:
         config: SAEConfig | None = None,
         checkpoint_dir: str | Path | None = None,
         callbacks: Sequence[Callback] = (),
+        parallel: Parallel | None = None,
     ):
         self.config = config
         self.checkpoint_dir = checkpoint_dir
         self.callbacks = tuple(callbacks)
+        self.parallel: Parallel | None = parallel
 
-    def fit(self, dataset: ActivationDataset | Any, resume: bool = False) -> SAE:
+    def fit(
+        self,
+        dataset: ActivationDataset | Any,
+        resume: bool = False,
+        *,
+        model: ActivationSource | None = None,
+    ) -> SAE:
         """An SAE of a dataset of one site, or of an array `[n_tokens, d_in]`.
 
         A share `config.validation_split` is held out. With `resume` a run that was cut off goes on
-        from its last checkpoint in `checkpoint_dir`. Raises `ValueError` for unusable data, and
+        from its last checkpoint in `checkpoint_dir`. `model` is the language model that the result
+        remembers, where the dataset knows none. Raises `ValueError` for unusable data, and
         `TrainingError` for a run that cannot go on.
         """
-        if not isinstance(dataset, ActivationDataset):
-            dataset = ActivationDataset.from_activations(dataset)
-        columns = dataset.columns
-        config = self.config or SAEConfig.recommended(columns.width, len(dataset))
-        training, validation = dataset, None
-        if config.validation_split:
-            training, validation = dataset.split(config.validation_split, config.seed)
-        sae = SAE(columns, columns, config.n_features(columns.width), k=config.k)
-        trainer = Trainer(config, self.checkpoint_dir, self.callbacks)
-        result = trainer.fit(sae, training, validation, resume)
-        sae.statistics = Statistics(result.training, result.validation, result.firing_rates)
-        sae.metadata = Metadata(
-            model=_describe(dataset.source),
-            data={
-                "training_tokens": len(training),
-                "validation_tokens": 0 if validation is None else len(validation),
-                "documents": None if dataset.corpus is None else len(dataset.corpus.documents),
-                "context_length": None if dataset.corpus is None else dataset.corpus.context,
-                "skipped_tokens": training.n_skipped,
-            },
-            config=config.to_dict(),
-            library_version=__version__,
-        )
-        sae.bind(dataset.source, training, validation)
+        dataset = _as_dataset(dataset)
+        config = self.config or SAEConfig.recommended(dataset.columns.width, len(dataset))
+        training, held_out = _divide(dataset, config)
+        sae = _untrained(dataset.columns, config)
+        trainer = Trainer(config, self.checkpoint_dir, self.callbacks, self.parallel)
+        result = trainer.fit(sae, training, held_out, resume)
+        _describe(sae, config, result, training, held_out, dataset.source or model)
         return sae
+
+    def fit_many(
+        self,
+        dataset: ActivationDataset | Any,
+        configs: Mapping[str, SAEConfig],
+        resume: bool = False,
+        *,
+        sites: Mapping[str, str] | None = None,
+        model: ActivationSource | None = None,
+    ) -> dict[str, SAE]:
+        """Several SAEs from one pass over the activations: `{name: config}` gives `{name: SAE}`.
+
+        Configs may differ in everything but `batch_size`, `num_epochs`, `seed` and
+        `validation_split`. For a dataset of several sites `sites` names that of each SAE. Each
+        writes its checkpoints to a directory of its name in `checkpoint_dir`. Raises `ValueError`
+        as `fit` does, and where the configs do not go together.
+        """
+        dataset = _as_dataset(dataset)
+        shares = {name: config.validation_split for name, config in configs.items()}
+        if len(set(shares.values())) != 1:
+            raise ValueError(f"validation_split must be the same for all configs, got {shares}.")
+        training, held_out = _divide(dataset, next(iter(configs.values())))
+        saes = {}
+        for name, config in configs.items():
+            columns = dataset.columns if sites is None else dataset.columns.only(sites[name])
+            saes[name] = _untrained(columns, config)
+        results = train_together(
+            {name: (sae, configs[name]) for name, sae in saes.items()},
+            training,
+            held_out,
+            self.checkpoint_dir,
+            dict.fromkeys(configs, self.callbacks),
+            resume,
+            self.parallel,
+        )
+        for name, sae in saes.items():
+            source = dataset.source or model
+            _describe(sae, configs[name], results[name], training, held_out, source)
+        return saes
 
     @_OnClassOrInstance
     def train(
@@ -118,11 +150,12 @@ class SAETrainer:
         model and the data. Raises `ValueError` for a site that does not exist, for an empty
         dataset or one of another site, and for a `save_path` where something else is.
         """
+        first = is_first(self.parallel)
         if save_path is not None:
             check_replaceable(Path(save_path), MARKER)
         if not isinstance(dataset, ActivationDataset):
             dataset = ActivationDataset.from_texts(
-                model, dataset, layer, component, verbose=verbose
+                model, dataset, layer, component, verbose=verbose and first
             )
         if dataset.source not in (None, model):
             raise ValueError("dataset was made with another model than the one given.")
@@ -132,11 +165,9 @@ class SAETrainer:
         if validation_split is not None:
             config = config.replace(validation_split=validation_split)
         callbacks = (*self.callbacks, *([ProgressBar()] if verbose else []))
-        sae = SAETrainer(config, self.checkpoint_dir, callbacks).fit(dataset, resume)
-        if dataset.source is None:  # made from an array, which knows no model
-            sae.metadata = replace(sae.metadata, model=_describe(model))
-            sae.bind(model, sae._training_data, sae._held_out)
-        if save_path is not None:
+        trainer = SAETrainer(config, self.checkpoint_dir, callbacks, self.parallel)
+        sae = trainer.fit(dataset, resume, model=model)
+        if save_path is not None and first:
             sae.save(save_path)
         return sae
 
@@ -149,7 +180,54 @@ def _check_columns(found: Columns, wanted: Columns) -> None:
         )
 
 
-def _describe(source: ActivationSource | None) -> dict[str, Any]:
+def _as_dataset(dataset: ActivationDataset | Any) -> ActivationDataset:
+    if isinstance(dataset, ActivationDataset):
+        return dataset
+    return ActivationDataset.from_activations(dataset)
+
+
+def _divide(
+    dataset: ActivationDataset, config: SAEConfig
+) -> tuple[ActivationDataset, ActivationDataset | None]:
+    if not config.validation_split:
+        return dataset, None
+    return dataset.split(config.validation_split, config.seed)
+
+
+def _untrained(columns: Columns, config: SAEConfig) -> SAE:
+    n_features = config.n_features(columns.width)
+    name = config.activation_function
+    return SAE(columns, columns, n_features, activation_function=name, k=config.k)
+
+
+def _describe(
+    sae: SAE,
+    config: SAEConfig,
+    result: TrainingResult,
+    training: ActivationDataset,
+    held_out: ActivationDataset | None,
+    source: ActivationSource | None,
+) -> None:
+    """Tell the SAE how it came about, and bind it to model and data."""
+    corpora = [data.corpus for data in (training, held_out) if data is not None]
+    documents = [len(corpus.documents) for corpus in corpora if corpus is not None]
+    sae.statistics = Statistics(result.training, result.validation, result.firing_rates)
+    sae.metadata = Metadata(
+        model=_facts(source),
+        data={
+            "training_tokens": len(training),
+            "validation_tokens": 0 if held_out is None else len(held_out),
+            "documents": sum(documents) if documents else None,
+            "context_length": None if training.corpus is None else training.corpus.context,
+            "skipped_tokens": training.n_skipped,
+        },
+        config=config.to_dict(),
+        library_version=__version__,
+    )
+    sae.bind(source, training, held_out)
+
+
+def _facts(source: ActivationSource | None) -> dict[str, Any]:
     if source is None:
         return {}
     facts = {name: getattr(source, name, None) for name in ("name", "n_layers", "d_model")}

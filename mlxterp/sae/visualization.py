@@ -1,13 +1,36 @@
-"""Features as something to look at: text in a terminal, HTML in a notebook."""
+"""Something to look at: features as text and HTML, runs as figures."""
 
 from __future__ import annotations
 
+import io
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 from mlxterp.sae.analysis import Example, FeatureExamples, LogitEffects, logit_effects
 from mlxterp.sae.coder import SparseCoder
 from mlxterp.sae.harvest import ActivationSource
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Reports = Sequence[Mapping[str, Any]]
+
+PANELS = {
+    "loss": "training loss",
+    "fvu": "FVU (variance not explained)",
+    "l0": "L0 (active features per token)",
+    "dead": "dead features",
+}
+TRAINING = {"color": "#0072B2", "linewidth": 1.0, "label": "training"}
+HELD_OUT = {
+    "color": "#D55E00", "linewidth": 1.0, "linestyle": "--", "marker": "o", "markersize": 3.5,
+    "label": "held out",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,3 +84,85 @@ def view_feature(
 
 def _writes_stream(coder: SparseCoder, source: ActivationSource) -> bool:
     return coder.d_out == getattr(source, "d_model", None)
+
+
+def plot_training(
+    training: Reports, validation: Reports = (), axes: Sequence[Axes] | None = None
+) -> Figure:
+    """Loss, FVU, L0 and the share of dead features over tokens, one panel each.
+
+    `training` and `validation` are reports as callbacks receive them; keys that a report lacks, and
+    values that are not finite, leave gaps. Without four `axes` to draw on a figure is made; it is
+    not registered anywhere, so it is shown by a notebook or written by its `savefig`. Raises
+    `ImportError` where matplotlib is missing.
+    """
+    panels = _new_axes() if axes is None else list(axes)
+    if len(panels) != len(PANELS):
+        raise ValueError(f"axes must be {len(PANELS)}, got {len(panels)}.")
+    for ax, key in zip(panels, PANELS, strict=True):
+        _draw(ax, training, validation, key)
+    if _points(validation, "fvu")[0]:
+        panels[1].legend(frameon=False, fontsize=9, loc="upper right")
+    figure: Any = panels[0].get_figure()
+    return figure
+
+
+def _new_axes() -> list[Axes]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("matplotlib is missing: pip install 'mlxterp[plot]'") from error
+
+    class Shown(Figure):
+        def _repr_png_(self) -> bytes:
+            # Notebooks learn to show figures from pyplot only, which has global state.
+            self.savefig(file := io.BytesIO(), format="png", dpi=120)
+            return file.getvalue()
+
+    figure = Shown(figsize=(8.4, 5.0), layout="constrained")
+    panels = list(chain(*figure.subplots(2, 2, sharex=True)))
+    figure.align_ylabels(panels)
+    return panels
+
+
+def _points(reports: Reports, key: str) -> tuple[list[float], list[float]]:
+    """Tokens and values of the reports that hold both; NaN, a gap, for other values."""
+    held = [(r["tokens"], r[key]) for r in reports if {"tokens", key} <= r.keys()]
+    values = [math.nan if value is None else float(value) for _, value in held]
+    return [tokens for tokens, _ in held], [v if math.isfinite(v) else math.nan for v in values]
+
+
+def _draw(ax: Axes, training: Reports, validation: Reports, key: str) -> None:
+    drawn: list[float] = []
+    for reports, style in ((training, TRAINING), (validation, HELD_OUT)):
+        tokens, values = _points(reports, key)
+        # Dead features are counted while training: both kinds of report hold the same share.
+        if tokens and not (key == "dead" and reports is validation):
+            ax.plot(tokens, values, clip_on=False, **style)
+            drawn += [value for value in values if not math.isnan(value)]
+    _scale(ax, key, drawn)
+    ax.set_ylabel(PANELS[key], fontsize=9)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.tick_params(labelsize=9)
+    place = ax.get_subplotspec()
+    if place is None or place.is_last_row():
+        ax.set_xlabel("tokens", fontsize=9)
+
+
+def _scale(ax: Axes, key: str, drawn: list[float]) -> None:
+    """From zero, or logarithmic where loss and FVU span more than a factor of ten."""
+    from matplotlib.ticker import EngFormatter, LogLocator
+
+    top, bottom = max(drawn, default=1.0), min(drawn, default=1.0)
+    if key in ("loss", "fvu") and bottom > 0 and top >= 10 * bottom:
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_minor_locator(LogLocator(subs=()))
+        ax.yaxis.set_major_formatter("{x:g}")
+    else:
+        # A few dead features among thousands shall look like a few.
+        ax.locator_params(axis="y", nbins=5)
+        ax.set_ylim(0, max(1.1 * top, 0.05) if key == "dead" else 1.1 * top or 1.0)
+    if key == "dead":
+        ax.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g} %")
+    ax.xaxis.set_major_formatter(EngFormatter(sep=""))

@@ -1,11 +1,45 @@
-"""The training step again, plainly: dense products, automatic gradients, Adam, all in float64."""
+"""The objective and the training step again, plainly: dense products, automatic gradients, float64.
+
+Where a jump has an estimated gradient it is written as `surrogate`: a term whose value is zero and
+whose slope is the estimate.
+"""
 
 from dataclasses import dataclass, field
 
 import mlx.core as mx
 import numpy as np
 
+from mlxterp.sae.config import SAEConfig
+
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
+
+
+def trained_threshold(threshold) -> dict:
+    """JumpReLU's trained arrays for these thresholds."""
+    return {"log_threshold": np.log(threshold).astype(np.float32)}
+
+
+def threshold_of(params) -> mx.array:
+    """The inverse of `trained_threshold`, for arrays of MLX."""
+    return mx.exp(params["log_threshold"])
+
+
+def threshold_gradient(gradients: dict, threshold) -> np.ndarray:
+    """The gradient of the threshold from those of the trained arrays."""
+    return np.array(gradients["log_threshold"], np.float64) / threshold
+
+
+def central_differences(value, arrays: dict[str, np.ndarray], name: str, step=1e-6) -> np.ndarray:
+    """The gradient of `value(arrays)` with respect to one of the float64 arrays, entry by entry."""
+    gradient = np.zeros(arrays[name].shape)
+    for at in np.ndindex(gradient.shape):
+        sides = []
+        for sign in (1, -1):
+            moved = arrays[name].copy()
+            moved[at] += sign * step
+            sides.append(value({**arrays, name: moved}))
+        gradient[at] = (sides[0] - sides[1]) / (2 * step)
+    return gradient
 
 
 def keep_largest(pre: mx.array, k: int) -> mx.array:
@@ -13,34 +47,108 @@ def keep_largest(pre: mx.array, k: int) -> mx.array:
     return pre >= mx.sort(pre, axis=-1)[:, -k][:, None]
 
 
-def dense_terms(params, x, y, dead, *, k, k_auxiliary=0) -> dict[str, mx.array]:
-    """The terms of the objective for arrays of any floating type."""
-    W_enc = params.get("W_enc", params["W_dec"])
-    pre = x @ W_enc.T + params["b_enc"]
-    z = mx.where(keep_largest(pre, k), mx.maximum(pre, 0), 0)
-    y_hat = z @ params["W_dec"] + params["b_dec"]
-    terms = {"error": mx.mean((y_hat - y) ** 2), "l1": mx.abs(z).sum() / len(x), "z": z}
-    if k_auxiliary:
-        residual = mx.stop_gradient(y - y_hat)
+def surrogate(array: mx.array, slope: mx.array) -> mx.array:
+    """Zero, with the gradient `slope` for `array`."""
+    return (array - mx.stop_gradient(array)) * mx.stop_gradient(slope)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The objective of a config; `bounds` are the ends of the nested prefixes, in features."""
+
+    config: SAEConfig
+    bounds: tuple[int, ...] = ()
+    k_auxiliary: int = 0
+
+    def code(self, params, pre):
+        """The code, the penalised values and the number of active features on each token."""
+        name, k = self.config.activation_function, self.config.k
+        if name == "gated":
+            z = mx.maximum(mx.exp(params["log_gain"]) * pre + params["offset"], 0)
+            return mx.where(pre > 0, z, 0), mx.maximum(pre, 0), None
+        if name == "jumprelu":
+            return self._jump(pre, threshold_of(params))
+        z = mx.maximum(pre, 0)
+        if name == "topk":
+            z = mx.where(keep_largest(pre, k), z, 0)
+        elif name == "batch_topk":
+            kept = keep_largest(pre.reshape(1, -1), k * len(pre)).reshape(pre.shape)
+            z = mx.where(kept, z, 0)
+        elif name == "abs_topk":
+            z = mx.where(keep_largest(mx.abs(pre), k), pre, 0)
+        return z, mx.abs(z), None
+
+    def _jump(self, pre, threshold):
+        width = self.config.bandwidth
+        above = (pre > threshold).astype(pre.dtype)
+        near = (mx.abs((pre - threshold) / width) < 0.5).astype(pre.dtype)
+        threshold = mx.broadcast_to(threshold, pre.shape)
+        z = pre * above + surrogate(threshold, -threshold / width * near)
+        return z, z, (above + surrogate(threshold, -near / width)).sum(axis=-1)
+
+    def penalty(self, params, penalised, counts):
+        name = self.config.penalty
+        if name == "l0":
+            return counts.mean()
+        if name == "quadratic":
+            return (counts.mean() / self.config.wanted_l0 - 1) ** 2
+        norms = 1.0
+        if not self.config.decoder_unit_norm:
+            norms = mx.sqrt((params["W_dec"] ** 2).sum(axis=1))
+        weighted = penalised * norms
+        return (mx.tanh(4 * weighted) if name == "tanh" else weighted).sum(axis=-1).mean()
+
+    def auxiliary(self, params, pre, residual, dead):
         pre = mx.where(dead, pre, -mx.inf)
-        z_dead = mx.where(keep_largest(pre, k_auxiliary) & dead, mx.maximum(pre, 0), 0)
-        left = ((z_dead @ params["W_dec"] - residual) ** 2).sum()
-        terms["auxiliary"] = left / ((residual - residual.mean(axis=0)) ** 2).sum()
-    return terms
+        z = mx.where(keep_largest(pre, self.k_auxiliary) & dead, mx.maximum(pre, 0), 0)
+        left = ((z @ params["W_dec"] - residual) ** 2).sum()
+        return left / ((residual - residual.mean(axis=0)) ** 2).sum()
+
+    def __call__(self, params, x, y, dead, coefficient=None):
+        """The loss and its terms; `coefficient` is the penalty's, by default the config's."""
+        pre = x @ params.get("W_enc", params["W_dec"]).T + params["b_enc"]
+        z, penalised, counts = self.code(params, pre)
+        ends = (*self.bounds, z.shape[1])
+        y_hats = [z[:, :end] @ params["W_dec"][:end] + params["b_dec"] for end in ends]
+        loss = sum(((y_hat - y) ** 2).mean() for y_hat in y_hats) / len(ends)
+        terms = {"z": z, "error": ((y_hats[-1] - y) ** 2).mean()}
+        if self.config.penalty:
+            coefficient = self.config.lambda_sparse if coefficient is None else coefficient
+            loss = loss + coefficient * self.penalty(params, penalised, counts)
+        if self.config.activation_function == "gated":
+            frozen = {name: mx.stop_gradient(params[name]) for name in ("W_dec", "b_dec")}
+            loss = loss + ((penalised @ frozen["W_dec"] + frozen["b_dec"] - y) ** 2).mean()
+        if self.k_auxiliary:
+            residual = mx.stop_gradient(y - y_hats[-1])
+            auxiliary = self.auxiliary(params, pre, residual, dead)
+            loss = loss + self.config.auxiliary_coefficient * auxiliary
+        return loss, terms
+
+    def gradients(self, params, x, y, dead, coefficient=None):
+        """The loss, its terms and its gradients, computed in float64 from any arrays."""
+        with mx.stream(mx.cpu):
+            arrays = {name: _float64(array) for name, array in params.items()}
+            (loss, terms), gradients = mx.value_and_grad(self)(
+                arrays, _float64(x), _float64(y), mx.array(dead), coefficient
+            )
+            mx.eval(loss, terms, gradients)
+        terms = {name: np.array(term) for name, term in terms.items()}
+        return loss.item(), terms, {name: np.array(g) for name, g in gradients.items()}
+
+
+def _float64(array) -> mx.array:
+    return mx.array(np.array(array, np.float64), dtype=mx.float64)
 
 
 @dataclass
-class ReferenceTrainer:
-    """Parameters and moments in float64; `step` does what the compiled step should do."""
+class Adam:
+    """Moments in float64; `step` projects, clips, moves and restores the norms of decoder rows."""
 
     params: dict[str, np.ndarray]
-    k: int
-    lambda_sparse: float = 0.0
-    auxiliary_coefficient: float = 0.0
-    k_auxiliary: int = 0
     clip: float = 0.0
-    m: dict[str, np.ndarray] = field(default_factory=dict)
-    v: dict[str, np.ndarray] = field(default_factory=dict)
+    unit_norm: bool = True
+    m: dict[str, np.ndarray] = field(init=False)
+    v: dict[str, np.ndarray] = field(init=False)
     t: int = 0
 
     def __post_init__(self):
@@ -48,28 +156,13 @@ class ReferenceTrainer:
         self.m = {name: np.zeros_like(p) for name, p in self.params.items()}
         self.v = {name: np.zeros_like(p) for name, p in self.params.items()}
 
-    def objective(self, params, x, y, dead):
-        terms = dense_terms(params, x, y, dead, k=self.k, k_auxiliary=self.k_auxiliary)
-        loss = terms["error"] + self.lambda_sparse * terms["l1"]
-        if self.k_auxiliary:
-            loss = loss + self.auxiliary_coefficient * terms["auxiliary"]
-        return loss, terms
-
-    def gradients(self, x, y, dead):
-        with mx.stream(mx.cpu):
-            arrays = {n: mx.array(p, dtype=mx.float64) for n, p in self.params.items()}
-            data = (mx.array(np.array(a, np.float64), dtype=mx.float64) for a in (x, y))
-            (loss, terms), gradients = mx.value_and_grad(self.objective)(
-                arrays, *data, mx.array(dead)
-            )
-            mx.eval(loss, terms, gradients)
-        return loss.item(), np.array(terms["z"]), {n: np.array(g) for n, g in gradients.items()}
-
-    def step(self, x, y, dead, rate):
-        loss, z, gradients = self.gradients(x, y, dead)
+    def step(self, gradients, rate):
+        """One step; returns the norm of the gradient before clipping."""
+        gradients = {name: np.array(g, np.float64) for name, g in gradients.items()}
         W = self.params["W_dec"]
-        along = np.sum(gradients["W_dec"] * W, axis=1, keepdims=True)
-        gradients["W_dec"] = gradients["W_dec"] - along * W
+        if self.unit_norm:
+            along = np.sum(gradients["W_dec"] * W, axis=1, keepdims=True)
+            gradients["W_dec"] = gradients["W_dec"] - along * W
         norm = np.sqrt(sum(np.sum(g**2) for g in gradients.values()))
         if self.clip and norm > self.clip:
             gradients = {name: g * self.clip / norm for name, g in gradients.items()}
@@ -80,6 +173,7 @@ class ReferenceTrainer:
             m_hat = self.m[name] / (1 - BETA_1**self.t)
             v_hat = self.v[name] / (1 - BETA_2**self.t)
             self.params[name] = self.params[name] - rate * m_hat / (np.sqrt(v_hat) + EPSILON)
-        W = self.params["W_dec"]
-        self.params["W_dec"] = W / np.linalg.norm(W, axis=1, keepdims=True)
-        return loss, z, norm
+        if self.unit_norm:
+            W = self.params["W_dec"]
+            self.params["W_dec"] = W / np.linalg.norm(W, axis=1, keepdims=True)
+        return norm

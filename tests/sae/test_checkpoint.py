@@ -28,12 +28,13 @@ JSON_KEYS = [
 ]  # fmt: skip
 
 
-def example(seed: int = 0) -> SAE:
+def example(seed: int = 0, name: str = "topk") -> SAE:
     columns = Columns(("layers.0.mlp",), (6,))
-    coder = SAE(columns, columns, 30, k=4)
+    coder = SAE(columns, columns, 30, activation_function=name, k=4)
     rng = np.random.default_rng(seed)
-    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
-        coder[name] = mx.array(rng.normal(size=coder[name].shape).astype(np.float32))
+    for arrays in coder.array_files().values():
+        for part, array in arrays.items():
+            coder.set_array(part, mx.array(rng.normal(size=array.shape).astype(np.float32)))
     coder.metadata = Metadata(model={"name": "fake"}, config={"k": 4}, library_version="0")
     coder.statistics = Statistics(({"step": 1, "fvu": 0.5},), (), rng.random(30).round(3))
     return coder
@@ -63,6 +64,46 @@ def test_codes_are_the_same_bit_for_bit_after_loading(saved):
     assert type(loaded) is SAE and repr(loaded) == repr(example())
     assert mx.array_equal(loaded.encode(inputs()), example().encode(inputs()))
     assert mx.array_equal(loaded(inputs()), example()(inputs()))
+
+
+OPTIONS = {
+    "topk": {"k": 4}, "batch_topk": {"k": 4}, "abs_topk": {"k": 4}, "jumprelu": {}, "relu": {},
+    "gated": {},
+}  # fmt: skip
+OWN = [("batch_topk", "threshold"), ("jumprelu", "threshold"), ("gated", "offset"),
+       ("gated", "log_gain")]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_activation_function_comes_back_with_its_options_and_arrays(name, tmp_path):
+    original = example(name=name)
+    saved = original.save(tmp_path / "sae.mlx")
+    assert {path.name for path in saved.iterdir()} == FILES
+    config = json.loads((saved / "config.json").read_text())
+    assert config["activation_function"] == {"activation_function": name, **OPTIONS[name]}
+    loaded = load_sae(saved)
+    assert repr(loaded) == repr(original) and loaded.to_config() == original.to_config()
+    for file, arrays in original.array_files().items():
+        assert set(loaded.array_files()[file]) == set(arrays)
+        assert all(mx.array_equal(loaded.array_files()[file][n], a) for n, a in arrays.items())
+    z = original.encode(inputs())
+    assert (z != 0).any().item() and mx.array_equal(loaded.encode(inputs()), z)
+    assert mx.array_equal(loaded(inputs()), original(inputs()))
+
+
+@pytest.mark.parametrize(("name", "array"), OWN)
+def test_an_array_of_the_activation_function_that_is_missing_or_misshapen_is_named(
+    name, array, tmp_path
+):
+    file = example(name=name).save(tmp_path / "sae.mlx") / "encoder.safetensors"
+    arrays = mx.load(str(file))
+    mx.save_safetensors(str(file), {**arrays, array: mx.zeros((7, 3))})
+    with pytest.raises(ValueError, match=rf"encoder.safetensors: '{array}' must have shape"):
+        load_sae(file.parent)
+    del arrays[array]
+    mx.save_safetensors(str(file), arrays)
+    with pytest.raises(ValueError, match=f"encoder.safetensors has no key '{array}'"):
+        load_sae(file.parent)
 
 
 def test_codes_are_the_same_bit_for_bit_in_another_process(saved, tmp_path):

@@ -7,11 +7,15 @@ from mlxterp.sae.coder import Columns, SparseCoder
 AB = Columns(("a", "b"), (2, 3))
 
 
-def random_coder(reads=AB, writes=AB, n_features=20, k=4) -> SparseCoder:
-    coder = SparseCoder(reads, writes, n_features, k=k)
+def random_coder(reads=AB, writes=AB, n_features=20, k=4, name="topk") -> SparseCoder:
+    coder = SparseCoder(reads, writes, n_features, activation_function=name, k=k)
     rng = np.random.default_rng(0)
-    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
-        coder[name] = mx.array(rng.normal(size=coder[name].shape).astype(np.float32))
+    for owner, names in (
+        (coder, ("W_enc", "b_enc", "W_dec", "b_dec")),
+        (coder.activation_function, list(coder.activation_function.arrays)),
+    ):
+        for part in names:
+            owner[part] = mx.array(rng.normal(size=owner[part].shape).astype(np.float32))
     return coder
 
 
@@ -32,6 +36,12 @@ def test_columns_of_sites_lie_side_by_side():
     assert AB.take(mx.arange(5)[None], ("b",)).tolist() == [[2, 3, 4]]
     assert AB.take(mx.arange(5)[None], ("b", "a")).tolist() == [[2, 3, 4, 0, 1]]
     assert AB.to_list() == [{"site": "a", "width": 2}, {"site": "b", "width": 3}]
+
+
+def test_the_columns_of_one_site_stand_alone():
+    assert AB.only("b") == Columns(("b",), (3,)) and AB.only("b").slices == {"b": slice(0, 3)}
+    with pytest.raises(ValueError, match=r"\['c'\] are missing; got \['a', 'b'\]"):
+        AB.only("c")
 
 
 def test_a_missing_site_is_named():
@@ -88,15 +98,49 @@ def test_k_must_be_within_the_number_of_features(k):
 
 
 def test_an_unknown_activation_function_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"one of \['topk'.*got 'sigmoid'"):
+    with pytest.raises(
+        ValueError, match=r"activation_function must be one of .*got 'sigmoid'"
+    ) as e:
         SparseCoder(AB, AB, 20, activation_function="sigmoid", k=3)
+    assert all(repr(name) in str(e.value) for name in ARRAYS)
 
 
-def test_only_the_arrays_are_parameters():
-    assert set(random_coder().parameters()) - {"activation_function"} == {
-        "W_enc", "b_enc", "W_dec", "b_dec",
-    }  # fmt: skip
-    assert random_coder().parameters()["activation_function"] == {}
+# The arrays that an activation function has of its own.
+ARRAYS = {
+    "topk": (), "abs_topk": (), "batch_topk": ("threshold",), "relu": (),
+    "jumprelu": ("threshold",), "gated": ("log_gain", "offset"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_only_the_arrays_are_parameters(name):
+    parameters = dict(random_coder(name=name).parameters())
+    assert set(parameters.pop("activation_function")) == set(ARRAYS[name])
+    assert set(parameters) == {"W_enc", "b_enc", "W_dec", "b_dec"}
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+@pytest.mark.parametrize("shape", [(5,), (0, 5), (7, 5), (2, 3, 5)])
+def test_every_activation_function_codes_tokens_one_by_one(name, shape):
+    coder = random_coder(name=name)
+    x = mx.random.normal(shape, key=mx.random.key(0))
+    z = coder.encode(x)
+    assert z.shape == (*shape[:-1], 20) and coder(x).shape == shape
+    for row, code in zip(x.reshape(-1, 5), z.reshape(-1, 20), strict=True):
+        np.testing.assert_allclose(np.array(coder.encode(row)), np.array(code), atol=1e-5)
+    if x.size:
+        assert 0 < (z != 0).sum().item() < z.size
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_k_is_that_of_functions_that_select(name):
+    selects = name in ("topk", "abs_topk", "batch_topk")
+    assert random_coder(name=name).k == (4 if selects else None)
+    if selects:
+        with pytest.raises(ValueError, match=r"k must be in \[1, n_features = 20\], got None"):
+            random_coder(name=name, k=None)
+    else:
+        assert random_coder(name=name, k=None).n_features == 20
 
 
 def test_a_code_of_numpy_is_decoded():

@@ -6,6 +6,7 @@ import mlxterp.sae
 from mlxterp.sae import SAE, ActivationDataset, SAEConfig, SAETrainer, load_sae
 from mlxterp.sae.coder import Columns
 from tests.fakes import SITE, FakeSource
+from tests.sae.runs import Interrupt, differences
 from tests.sae.synthetic import planted
 
 CONFIG = SAEConfig(
@@ -20,8 +21,9 @@ def array(n=300) -> np.ndarray:
 
 def test_the_public_names_are_these():
     names = {
-        "SAE", "ActivationDataset", "Callback", "ProgressBar", "SAEConfig", "SAETrainer",
-        "TrainingError", "load_sae",
+        "SAE", "ActivationDataset", "Callback", "EarlyStopping", "JSONLLogger", "ProgressBar",
+        "SAEConfig", "SAETrainer", "StopTraining", "TensorBoardLogger", "TrackioLogger",
+        "TrainingError", "WandbLogger", "load_sae",
     }  # fmt: skip
     assert set(mlxterp.sae.__all__) == names
     assert all(hasattr(mlxterp.sae, name) for name in names)
@@ -43,7 +45,7 @@ def test_fit_takes_a_plain_array_and_describes_what_it_did():
     assert sae.metadata.data["training_tokens"] == 285
     assert sae.metadata.data["validation_tokens"] == 15
     assert sae.metadata.model == {} and sae.metadata.data["documents"] is None
-    assert len(sae.statistics.firing_rates) == 32 and len(sae.statistics.validation) == 2
+    assert len(sae.statistics.firing_rates) == 32 and sae.statistics.validation
 
 
 def test_a_share_of_the_data_is_never_trained_on():
@@ -70,7 +72,7 @@ def test_skipped_rows_are_counted_in_the_metadata():
     x = array()
     x[[4, 9], 2] = np.nan
     with pytest.warns(UserWarning, match="2 of 300 activations are not finite"):
-        sae = SAETrainer(CONFIG).fit(x)
+        sae = SAETrainer(CONFIG.replace(log_every=100)).fit(x)
     assert sae.metadata.data["skipped_tokens"] == 2
     assert mx.isfinite(sae.W_dec).all().item()
 
@@ -159,21 +161,115 @@ def test_bad_data_and_sites_are_errors(model):
 
 
 def test_a_run_interrupted_in_train_resumes_to_the_same_coder(tmp_path):
-    from mlxterp.sae import Callback
-
-    class Interrupt(Callback):
-        def on_step_end(self, step):
-            if step == 7:
-                raise KeyboardInterrupt
-
     def train(*arguments, **options):
         return SAETrainer(CONFIG, *arguments).train(
             FakeSource(), 0, dataset=TEXTS, verbose=False, **options
         )
 
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path, [Interrupt()])
-    assert mx.array_equal(train(tmp_path, resume=True).W_dec, train().W_dec)
+        train(tmp_path, [Interrupt(7)])
+    assert not differences(train(tmp_path, resume=True), train())
+
+
+@pytest.mark.parametrize(
+    ("name", "fvu"),
+    [("topk", 0.3), ("batch_topk", 0.3), ("abs_topk", 0.3), ("relu", 0.3), ("gated", 0.3),
+     ("jumprelu", 1.0)],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:.*(L0 is|features are dead|FVU)")
+def test_every_activation_function_trains_is_saved_and_resumed(name, fvu, tmp_path):
+    config = CONFIG.replace(
+        activation_function=name, num_epochs=4, learning_rate=1e-2, validate_every=20
+    )
+    x = array(600)
+    sae = SAETrainer(config).fit(x)
+    first, last = sae.statistics.validation[0], sae.statistics.validation[-1]
+    assert last["fvu"] < fvu and (name == "jumprelu" or last["fvu"] < first["fvu"])
+    assert sae.activation_name == name and sae.metadata.config == config.to_dict()
+
+    loaded, z = load_sae(sae.save(tmp_path / "sae.mlx")), sae.encode(x)
+    assert 0 < (z != 0).sum().item() < z.size
+    assert mx.array_equal(loaded.encode(x), z) and mx.array_equal(loaded(x), sae(x))
+
+    with pytest.raises(KeyboardInterrupt):
+        SAETrainer(config, tmp_path / "run", [Interrupt(33)]).fit(x)
+    resumed = SAETrainer(config, tmp_path / "run").fit(x, resume=True)
+    assert not differences(resumed, sae)
+
+
+GRID = {
+    "small": CONFIG,
+    "wide": CONFIG.replace(expansion_factor=8, k=5),
+    "batch": CONFIG.replace(activation_function="batch_topk"),
+}
+
+
+def test_many_coders_are_trained_in_one_pass_over_the_data():
+    dataset = ActivationDataset.from_activations(array())
+    passes = 0
+    batches = ActivationDataset.batches
+
+    def counted(self, *arguments, drop_last=False, **options):
+        nonlocal passes
+        passes += drop_last
+        return batches(self, *arguments, drop_last=drop_last, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ActivationDataset, "batches", counted)
+        saes = SAETrainer().fit_many(dataset, GRID)
+    assert passes == CONFIG.num_epochs and list(saes) == list(GRID)
+    assert [sae.n_features for sae in saes.values()] == [32, 64, 32]
+    for name, sae in saes.items():
+        alone = SAETrainer(GRID[name]).fit(array())
+        assert not differences(sae, alone) and sae.metadata == alone.metadata
+        assert sae.statistics.validation == alone.statistics.validation
+        np.testing.assert_array_equal(sae.statistics.firing_rates, alone.statistics.firing_rates)
+
+
+def test_many_coders_of_several_sites_remember_theirs_and_are_resumed(tmp_path):
+    data = {"a": array(), "b": 2 * array()[:, :6] + 1}
+    sites, configs = {"one": "a", "two": "b"}, {"one": CONFIG, "two": CONFIG.replace(k=4)}
+    expected = SAETrainer().fit_many(_dataset(data), configs, sites=sites)
+    assert [(sae.site, sae.d_in) for sae in expected.values()] == [("a", 8), ("b", 6)]
+    with pytest.raises(KeyboardInterrupt):
+        SAETrainer(checkpoint_dir=tmp_path, callbacks=[Interrupt(7)]).fit_many(
+            _dataset(data), configs, sites=sites
+        )
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "two"}
+    found = SAETrainer(checkpoint_dir=tmp_path).fit_many(
+        _dataset(data), configs, resume=True, sites=sites
+    )
+    for name in configs:
+        assert not differences(found[name], expected[name])
+        assert found[name].metadata == expected[name].metadata
+
+
+def _dataset(arrays) -> ActivationDataset:
+    return ActivationDataset.from_activations(arrays)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 64}, "batch_size must be the same.*'a': 32, 'b': 64"),
+        ({"num_epochs": 3}, "num_epochs must be the same"),
+        ({"seed": 7}, "seed must be the same"),
+        ({"validation_split": 0}, "validation_split must be the same.*'a': 0.05, 'b': 0"),
+        ({"k": 33}, "k must be at most the number of features, 32"),
+    ],
+)
+def test_many_configs_that_do_not_go_together_are_refused(change, message):
+    configs = {"a": CONFIG, "b": CONFIG.replace(**change)}
+    with pytest.raises(ValueError, match=message):
+        SAETrainer().fit_many(array(), configs)
+
+
+def test_many_coders_of_a_dataset_of_several_sites_need_theirs_named():
+    data = _dataset({"a": array(), "b": array()})
+    with pytest.raises(ValueError, match="one site that it reads"):
+        SAETrainer().fit_many(data, {"one": CONFIG})
+    with pytest.raises(ValueError, match=r"\['c'\] are missing; got \['a', 'b'\]"):
+        SAETrainer().fit_many(data, {"one": CONFIG}, sites={"one": "c"})
 
 
 def test_the_trained_coder_of_the_bundled_model_is_good(sae):

@@ -1,0 +1,172 @@
+"""How much memory a training run will take, said before it starts."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import mlx.core as mx
+
+GIB = 1 << 30
+MEMINFO = Path("/proc/meminfo")
+VALIDATION_TOKENS = 4096
+
+# Arrays of one kind that are alive at the peak of a step, from measurements: MLX computes ahead,
+# and frees an array only when the last operation that reads it has run.
+UPDATED, UPDATED_ON_GPU = 7.5, 3.0  # largest matrices, in projection, norm and Adam's update
+DENSE, DENSE_ON_GPU, DENSE_ALL = 1.5, 4.0, 6.0  # arrays [batch, n_features]
+GATHERED = 2.2  # rows of each active (token, feature) pair
+VALIDATED, VALIDATED_ALL = 4.0, 3.0  # arrays [batch, n_features] on held-out data
+BATCHES = 10.0  # arrays [batch, d]
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Bytes that the device has, and that can still be taken."""
+
+    total: int
+    free: int
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """What a run takes at its peak, in bytes, by what it is for."""
+
+    parameters: int
+    optimizer_state: int
+    gradients: int
+    parameter_update: int
+    code: int
+    """Pre-activations and code of a batch."""
+    gathered_rows: int
+    """Rows of the decoder for the active (token, feature) pairs of a batch; not on GPUs."""
+    batch: int
+    """Activations of a batch, and what is made of them."""
+    validation: int
+    """What measuring on held-out data takes beyond what a step does."""
+    trained_coder: int
+    dataset: int
+    batch_size: int
+    expansion_factor: float
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """The bytes by what they are for, the largest first."""
+        settings = ("batch_size", "expansion_factor")
+        names = [field.name for field in fields(self) if field.name not in settings]
+        found = {name.replace("_", " "): getattr(self, name) for name in names}
+        return dict(sorted(found.items(), key=lambda part: -part[1]))
+
+    @property
+    def total(self) -> int:
+        """The bytes of all parts together."""
+        return sum(self.parts.values())
+
+    def __repr__(self) -> str:
+        rows = {"MemoryEstimate": self.total, **self.parts}
+        return "\n".join(
+            f"{name if i == 0 else '  ' + name:<20} {_readable(n):>10}"
+            for i, (name, n) in enumerate(rows.items())
+        )
+
+
+def estimate(
+    *,
+    d_in: int,
+    d_out: int,
+    n_features: int,
+    batch_size: int,
+    k: int | None,
+    tied: bool = False,
+    precision: str = "float32",
+    dataset_bytes: int = 0,
+    validation_tokens: int = VALIDATION_TOKENS,
+    on_gpu: bool | None = None,
+) -> MemoryEstimate:
+    """What a run takes at its peak, from its sizes.
+
+    `k` is the number of active features, `None` for activation functions that do not select, whose
+    code and gradients are dense. `dataset_bytes` are those of the data that are not in memory yet
+    but will be, `validation_tokens` those held out. The numbers of arrays alive at once are
+    measured on the CPU, and right within a quarter; those of a GPU are counted from the formulas.
+    """
+    on_gpu = mx.default_device() != mx.Device(mx.cpu) if on_gpu is None else on_gpu
+    matrices = [d_out * n_features] if tied else [d_in * n_features, d_out * n_features]
+    parameters = 4 * (sum(matrices) + n_features + d_out)
+    folded = 4 * (d_in * n_features + d_out * n_features + n_features + d_out)
+    item = 2 if precision == "bfloat16" else 4
+    code = item * batch_size * n_features
+    width = max(d_in, d_out)
+    step = {
+        "gradients": parameters,
+        "parameter_update": 4 * (UPDATED_ON_GPU if on_gpu else UPDATED) * max(matrices),
+        "code": code * (DENSE_ALL if k is None else DENSE_ON_GPU if on_gpu else DENSE),
+        "gathered_rows": 0 if k is None or on_gpu else item * GATHERED * batch_size * k * width,
+        "batch": 4 * BATCHES * batch_size * width,
+    }
+    validated = VALIDATED_ALL if k is None else VALIDATED
+    validation = 4 * validated * min(validation_tokens, VALIDATION_TOKENS) * n_features
+    return MemoryEstimate(
+        parameters=parameters,
+        optimizer_state=2 * parameters,
+        validation=max(0, round(validation - sum(step.values()))),
+        trained_coder=folded,
+        dataset=dataset_bytes,
+        batch_size=batch_size,
+        expansion_factor=n_features / d_in,
+        **{name: round(n) for name, n in step.items()},
+    )
+
+
+def device_memory() -> DeviceMemory | None:
+    """The memory of the device that MLX computes on; `None` where it is not known."""
+    device = mx.default_device()
+    if device == mx.Device(mx.cpu):
+        return _main_memory()
+    info = {name: n for name, n in mx.device_info(device).items() if isinstance(n, int)}
+    total = info.get("total_memory", info.get("memory_size"))
+    if not total:
+        return None
+    if "free_memory" in info:
+        # Of CUDA; what MLX has taken and keeps for later is free to the run.
+        return DeviceMemory(total, info["free_memory"] + mx.get_cache_memory())
+    usable = info.get("max_recommended_working_set_size", total)
+    return DeviceMemory(total, max(0, usable - mx.get_active_memory()))
+
+
+def _main_memory() -> DeviceMemory | None:
+    try:
+        lines = [line.split() for line in MEMINFO.read_text().splitlines()]
+        found = {words[0]: int(words[1]) * 1024 for words in lines if len(words) == 3}
+        return DeviceMemory(found["MemTotal:"], found["MemAvailable:"])
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def check(needed: MemoryEstimate, memory: DeviceMemory | None = None) -> None:
+    """Compare with the memory of the device, or the one given.
+
+    Raises `MemoryError` where the run needs more than there is in all, and warns where it needs
+    more than nine tenths of what is free; both say what to change.
+    """
+    memory = memory or device_memory()
+    if memory is None or needed.total <= 0.9 * memory.free:
+        return
+    largest = ", ".join(f"{name} {_readable(n)}" for name, n in [*needed.parts.items()][:3])
+    settings = (
+        f"batch_size (now {needed.batch_size}) or expansion_factor ({needed.expansion_factor:g})"
+    )
+    if needed.dataset:
+        settings = settings.replace(" or", ",") + f", or buffer_bytes ({needed.dataset:,} in use)"
+    message = (
+        f"Training needs about {_readable(needed.total)}; {_readable(memory.free)} of "
+        f"{_readable(memory.total)} are free. Largest: {largest}. Lower {settings}."
+    )
+    if needed.total > memory.total:
+        raise MemoryError(message)
+    warnings.warn(message, stacklevel=2)
+
+
+def _readable(n_bytes: int) -> str:
+    return f"{n_bytes / GIB:.1f} GiB" if n_bytes >= GIB else f"{n_bytes / 2**20:.0f} MiB"

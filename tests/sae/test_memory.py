@@ -1,0 +1,144 @@
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlxterp.sae import SAEConfig, SAETrainer, memory
+from mlxterp.sae.memory import DeviceMemory, check, device_memory, estimate
+
+GIB = 1 << 30
+SIZES = {"d_in": 512, "d_out": 512, "n_features": 8192, "batch_size": 1024, "k": 32}
+ON_CPU = estimate(**SIZES, on_gpu=False)
+
+
+def test_parameters_and_optimizer_are_counted_exactly():
+    P = 4 * (2 * 512 * 8192 + 8192 + 512)
+    assert (ON_CPU.parameters, ON_CPU.gradients, ON_CPU.optimizer_state) == (P, P, 2 * P)
+    tied = estimate(**SIZES, tied=True, on_gpu=False)
+    assert tied.parameters == P - 4 * 512 * 8192
+    assert tied.trained_coder == ON_CPU.trained_coder == P
+
+
+def test_the_total_is_the_sum_of_the_parts_and_the_largest_comes_first():
+    found = estimate(**SIZES, dataset_bytes=7 * GIB)
+    assert found.total == sum(found.parts.values())
+    assert found.total == estimate(**SIZES).total + 7 * GIB
+    assert list(found.parts.values()) == sorted(found.parts.values(), reverse=True)
+    lines = repr(found).splitlines()
+    assert lines[1].split() == ["dataset", "7.0", "GiB"]
+    assert len({len(line) for line in lines}) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"batch_size": 2048}, "code"),
+        ({"batch_size": 2048}, "gathered_rows"),
+        ({"batch_size": 2048}, "batch"),
+        ({"k": 64}, "gathered_rows"),
+        ({"n_features": 16384}, "code"),
+        ({"n_features": 16384}, "parameter_update"),
+        ({"d_in": 1024}, "parameter_update"),
+    ],
+)
+def test_twice_the_size_takes_twice_the_memory(change, part):
+    larger = estimate(**{**SIZES, **change}, on_gpu=False)
+    assert getattr(larger, part) == pytest.approx(2 * getattr(ON_CPU, part), rel=1e-6)
+
+
+def test_dense_codes_gpus_and_half_precision_differ():
+    dense = estimate(**{**SIZES, "k": None}, on_gpu=False)
+    gpu = estimate(**SIZES, on_gpu=True)
+    half = estimate(**SIZES, on_gpu=False, precision="bfloat16")
+    assert dense.gathered_rows == gpu.gathered_rows == 0
+    assert dense.code > gpu.code > ON_CPU.code == 2 * half.code
+    assert half.parameters == ON_CPU.parameters
+
+
+def test_validation_counts_for_what_it_takes_beyond_a_step():
+    small = estimate(**{**SIZES, "batch_size": 16}, on_gpu=False)
+    assert small.validation > 0 == estimate(**{**SIZES, "batch_size": 8192}).validation
+    assert estimate(**{**SIZES, "batch_size": 16}, validation_tokens=0).validation == 0
+
+
+def test_what_fits_is_not_mentioned():
+    check(ON_CPU, DeviceMemory(total=ON_CPU.total * 2, free=int(ON_CPU.total / 0.89)))
+
+
+def test_what_hardly_fits_is_warned_of_with_what_to_change():
+    found = estimate(
+        d_in=1024, d_out=1024, n_features=16384, batch_size=4096, k=64, on_gpu=False,
+        dataset_bytes=3 * GIB,
+    )  # fmt: skip
+    with pytest.warns(UserWarning) as warned:
+        check(found, DeviceMemory(16 * GIB, 3 * GIB))
+    message = str(warned[0].message)
+    assert f"needs about {found.total / GIB:.1f} GiB; 3.0 GiB of 16.0 GiB are free" in message
+    assert "Largest: dataset 3.0 GiB, gathered rows 2.2 GiB, " in message
+    assert "Lower batch_size (now 4096), expansion_factor (16), or buffer_bytes" in message
+    with pytest.warns(UserWarning) as warned:
+        check(replace(found, dataset=0), DeviceMemory(16 * GIB, 3 * GIB))
+    assert str(warned[0].message).endswith("Lower batch_size (now 4096) or expansion_factor (16).")
+
+
+def test_what_cannot_fit_is_refused():
+    with pytest.raises(MemoryError, match="Lower batch_size"):
+        check(ON_CPU, DeviceMemory(ON_CPU.total - 1, ON_CPU.total - 1))
+    with pytest.warns(UserWarning):
+        check(ON_CPU, DeviceMemory(ON_CPU.total, 0))
+
+
+def test_what_is_not_known_is_not_checked(monkeypatch):
+    monkeypatch.setattr(memory, "device_memory", lambda: None)
+    check(replace(ON_CPU, dataset=1 << 60))
+
+
+@pytest.mark.parametrize(
+    ("info", "expected"),
+    [
+        ({"memory_size": 100, "max_recommended_working_set_size": 75}, (100, 65)),
+        ({"total_memory": 100, "free_memory": 50}, (100, 53)),
+        ({"total_memory": 100}, (100, 90)),
+        ({"device_name": "x"}, None),
+    ],
+)
+def test_the_memory_of_a_gpu_is_what_mlx_says(monkeypatch, info, expected):
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr(mx, "device_info", lambda device: info)
+    monkeypatch.setattr(mx, "get_active_memory", lambda: 10)
+    monkeypatch.setattr(mx, "get_cache_memory", lambda: 3)
+    assert device_memory() == (None if expected is None else DeviceMemory(*expected))
+
+
+def test_the_memory_of_a_cpu_is_what_linux_says(monkeypatch, tmp_path):
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu))
+    file = tmp_path / "meminfo"
+    monkeypatch.setattr(memory, "MEMINFO", file)
+    assert device_memory() is None
+    file.write_text("MemTotal: 100 kB\nMemFree: 5 kB\nMemAvailable: 60 kB\nHugePages_Total: 0\n")
+    assert device_memory() == DeviceMemory(102400, 61440)
+    file.write_text("MemTotal: 100 kB\n")
+    assert device_memory() is None
+
+
+@pytest.mark.skipif(mx.default_device() != mx.Device(mx.cpu), reason="measured on the CPU")
+def test_a_real_run_takes_about_what_was_estimated():
+    x = np.random.default_rng(0).normal(size=(4096, 128)).astype(np.float32)
+    config = SAEConfig(
+        expansion_factor=16, k=16, batch_size=1024, num_epochs=1, warmup_steps=0, log_every=2,
+        validation_split=0.5,
+    )  # fmt: skip
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    SAETrainer(config).fit(x)
+    found = estimate(
+        d_in=128,
+        d_out=128,
+        n_features=2048,
+        batch_size=1024,
+        k=16,
+        dataset_bytes=2 * x.nbytes,
+        validation_tokens=2048,
+    )
+    assert 0.6 < found.total / (mx.get_peak_memory() - before) < 1.5
