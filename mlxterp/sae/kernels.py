@@ -6,8 +6,9 @@ pairs alone. They are gradients with respect to the parameters; the input is dat
 (for that, use the dense `SparseCoder.encode` and `decode`).
 
 How the pairs are summed into rows differs by back-end. On the CPU they are sorted by feature and
-summed as segments. On a GPU that is slow with plain MLX operations, and a dense product of the
-scattered code is the better form. Both give the same numbers.
+summed as segments. On a GPU that is slow with plain MLX operations: there kernels of our own do it
+(`gpu_kernels`) or, where those were never run, a dense product of the scattered code. All give the
+same numbers.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlxterp.sae import gpu_kernels
+
 # The stubs of MLX say that what it decorates returns `object`.
 _custom_function: Any = mx.custom_function
 
@@ -29,6 +32,10 @@ GATHERED_BYTES = 64 << 20
 
 def _uses_segments() -> bool:
     return mx.default_device() == mx.Device(mx.cpu)
+
+
+def _uses_kernels() -> bool:
+    return not _uses_segments() and gpu_kernels.available()
 
 
 def _group_count(n_features: int, k: int) -> int:
@@ -84,8 +91,11 @@ class Pairs:
 
     @cached_property
     def by_feature(self) -> tuple[mx.array, mx.array]:
-        """The order that sorts the pairs by feature, and each feature's `[start, end)` in it."""
-        return mx.argsort(self.features), _segments(self.features, self.n_features)
+        """The order that sorts the pairs by feature, and where each feature starts in it,
+        `[n_features + 1]`."""
+        if _uses_kernels():
+            return gpu_kernels.sort_pairs(self.features, self.n_features)
+        return mx.argsort(self.features), _starts(self.features, self.n_features)
 
     def dense(self, values: mx.array) -> mx.array:
         """The code `[n_tokens, n_features]` with `values` at the pairs."""
@@ -119,7 +129,8 @@ class Pairs:
 def select_per_token(pre: mx.array, k: int) -> Pairs:
     """The `k` largest entries of each row of `[batch, n_features]`."""
     batch, n_features = pre.shape
-    features = top_k(pre, k).reshape(-1)
+    select = gpu_kernels.top_k if _uses_kernels() else top_k
+    features = select(pre, k).reshape(-1)
     tokens = mx.arange(batch * k, dtype=mx.uint32) // k
     return Pairs(tokens, features, batch, n_features, k)
 
@@ -131,11 +142,15 @@ def select_from_batch(pre: mx.array, n: int) -> Pairs:
     return Pairs(flat // n_features, flat % n_features, batch, n_features, None)
 
 
-def _segments(ids: mx.array, n: int) -> mx.array:
-    """Each id's `[start, end)` `[n, 2]` among ids that are sorted."""
-    counts = mx.zeros((n,), mx.int32).at[ids].add(mx.array(1, mx.int32))
-    ends = mx.cumsum(counts)
-    return mx.stack([ends - counts, ends], axis=-1).astype(mx.uint32)
+def _starts(ids: mx.array, n: int) -> mx.array:
+    """Where each of `n` ids starts among the sorted ids, and where the last one ends, `[n + 1]`."""
+    counts = mx.zeros((n + 1,), mx.int32).at[ids + 1].add(mx.array(1, mx.int32))
+    return mx.cumsum(counts).astype(mx.uint32)
+
+
+def _segments(starts: mx.array) -> mx.array:
+    """Each `[start, end)`, `[n, 2]`."""
+    return mx.stack([starts[:-1], starts[1:]], axis=-1)
 
 
 def _column_blocks(n_rows: int, width: int) -> int:
@@ -145,13 +160,17 @@ def _column_blocks(n_rows: int, width: int) -> int:
 
 
 def _by_blocks(
-    matrix: mx.array, indices: mx.array, use: Callable[[mx.array, int], mx.array]
+    matrix: mx.array,
+    indices: mx.array,
+    use: Callable[[mx.array, int], mx.array],
+    gathered: mx.array | None = None,
 ) -> list[mx.array]:
-    """`use(rows, block)` for every block of columns of the rows of `matrix` at `indices`."""
+    """`use(rows, block)` for every block of columns of the rows of `matrix` at `indices`, which are
+    `gathered` where somebody has done so."""
     n_rows, width = matrix.shape
     blocks = _column_blocks(len(indices), width)
     if blocks == 1:
-        return [use(matrix[indices], 0)]
+        return [use(matrix[indices] if gathered is None else gathered, 0)]
     cut = matrix.reshape(n_rows * blocks, width // blocks)
     return [use(cut[indices * blocks + block], block) for block in range(blocks)]
 
@@ -164,14 +183,17 @@ def row_sums(
     `values` and `rows` are `[n_pairs]`, `matrix` `[n_rows, d]`; the result is `[n_features, d]`.
     Without `rows` they are the pairs' tokens.
     """
-    if not _uses_segments():
+    if not (_uses_segments() or _uses_kernels()):
         assert rows is None
         return pairs.dense(values.astype(matrix.dtype)).T @ matrix
-    order, segments = pairs.by_feature
-    weights = values[order][None]
+    rows = pairs.tokens if rows is None else rows
+    order, starts = pairs.by_feature
+    if _uses_kernels():
+        return gpu_kernels.row_sums(order, starts, values, rows, matrix)
+    weights, segments = values[order][None], _segments(starts)
     parts = _by_blocks(
         matrix,
-        (pairs.tokens if rows is None else rows)[order],
+        rows[order],
         lambda gathered, _: mx.segmented_mm(weights, gathered, segments)[:, 0],
     )
     return _joined(parts, axis=-1)
@@ -198,9 +220,14 @@ def with_gradients(
 
     @look_up.vjp
     def _vjp(primals, cotangent, _):
-        # In float32: sums of many bfloat16 numbers stop growing.
-        bias = mx.zeros(primals[1].shape).at[pairs.features].add(cotangent)
-        return row_sums(cotangent, pairs, x), bias.astype(primals[1].dtype)
+        W_enc, b_enc = primals
+        if _uses_kernels():
+            bias = row_sums(cotangent, pairs, mx.ones((len(x), 1)))[:, 0]
+        else:
+            # In float32: sums of many bfloat16 numbers stop growing.
+            bias = mx.zeros(b_enc.shape).at[pairs.features].add(cotangent)
+        rows = row_sums(cotangent, pairs, x)
+        return rows.astype(W_enc.dtype), bias.astype(b_enc.dtype)
 
     return look_up(W_enc, b_enc)
 
@@ -214,7 +241,7 @@ def decode_pairs(
     but the first, and with them the pairs must be ordered. Summed over the groups it is
     `z @ W_dec`.
     """
-    form = _decode_segments if _uses_segments() else _decode_dense
+    form = _decode_rows if _uses_segments() or _uses_kernels() else _decode_dense
     return form(values, pairs, W_dec, bounds)
 
 
@@ -253,7 +280,7 @@ def _joined(parts: list[mx.array], axis: int) -> mx.array:
     return mx.concatenate(parts, axis=axis) if len(parts) > 1 else parts[0]
 
 
-def _decode_segments(
+def _decode_rows(
     values: mx.array, pairs: Pairs, W_dec: mx.array, bounds: tuple[int, ...]
 ) -> mx.array:
     n_groups = len(bounds) + 1
@@ -263,23 +290,35 @@ def _decode_segments(
     for i, bound in enumerate(bounds):
         rows = (rows * n_groups if i == 0 else rows) + (pairs.features >= bound)
     k = None if bounds else pairs.per_token
+    # Small enough, the gathered rows are kept for the gradient.
+    keep = k is not None and _uses_segments() and _column_blocks(len(rows), W_dec.shape[1]) == 1
+    gathered = mx.stop_gradient(W_dec)[pairs.features] if keep else None
+
+    def starts() -> mx.array:
+        return _starts(rows, n_rows) if k is None else mx.arange(n_rows + 1, dtype=mx.uint32) * k
 
     @_custom_function
     def decode(values: mx.array, W_dec: mx.array) -> mx.array:
+        if _uses_kernels():
+            decoded = gpu_kernels.decode(values, pairs.features, starts(), W_dec)
+            return decoded.reshape(pairs.n_tokens, n_groups, -1)
         if k is not None:
             weights = values.reshape(n_rows, 1, k)
             use = lambda gathered, _: weights @ gathered.reshape(n_rows, k, -1)  # noqa: E731
         else:
-            segments = _segments(rows, n_rows)
+            segments = _segments(starts())
             use = lambda gathered, _: mx.segmented_mm(values[None], gathered, segments)  # noqa: E731
-        parts = _by_blocks(W_dec, pairs.features, use)
+        parts = _by_blocks(W_dec, pairs.features, use, gathered)
         return _joined(parts, axis=-1).reshape(pairs.n_tokens, n_groups, -1)
 
     @decode.vjp
     def _vjp(primals, cotangent, _):
         values, W_dec = primals
         cotangent = cotangent.reshape(n_rows, -1)
-        dots = _dots(cotangent, rows, W_dec, pairs.features, k)
+        if _uses_kernels():
+            dots = gpu_kernels.dots(rows, pairs.features, cotangent, W_dec)
+        else:
+            dots = _dots(cotangent, rows, W_dec, pairs.features, k, gathered)
         sums = row_sums(values, pairs, cotangent, rows)
         return dots.astype(values.dtype), sums.astype(W_dec.dtype)
 
@@ -287,7 +326,12 @@ def _decode_segments(
 
 
 def _dots(
-    left: mx.array, rows: mx.array, right: mx.array, features: mx.array, k: int | None
+    left: mx.array,
+    rows: mx.array,
+    right: mx.array,
+    features: mx.array,
+    k: int | None,
+    gathered: mx.array | None,
 ) -> mx.array:
     """`left[rows[p]] . right[features[p]]` for every pair, `[n_pairs]`; `k` pairs in each row."""
     if k is None:
@@ -301,5 +345,5 @@ def _dots(
         part = left[:, block * n : (block + 1) * n, None]
         return (gathered.reshape(n_rows, k, n) @ part).reshape(-1)
 
-    first, *others = _by_blocks(right, features, use)
+    first, *others = _by_blocks(right, features, use, gathered)
     return sum(others, start=first)

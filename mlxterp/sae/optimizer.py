@@ -11,6 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlxterp.sae import gpu_kernels
 from mlxterp.sae.parallel import UNDIVIDED, Undivided
 
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
@@ -29,18 +30,19 @@ def initial_moments(params: Arrays) -> dict[str, Any]:
 
 # One output each: MLX can then write the result over its input, and the CPU kernels are faster.
 @mx.compile
-def _first_moment(m: mx.array, g: mx.array, factor: mx.array, share: mx.array) -> mx.array:
-    return m + share * (mx.where(share > 0, g * factor, 0) - m)
+def _first_moment(m: mx.array, g: mx.array, factor: mx.array) -> mx.array:
+    return m + (1 - BETA_1) * (g * factor - m)
 
 
 @mx.compile
-def _second_moment(v: mx.array, g: mx.array, factor: mx.array, share: mx.array) -> mx.array:
-    return v + share * (mx.where(share > 0, (g * factor) * (g * factor), 0) - v)
+def _second_moment(v: mx.array, g: mx.array, factor: mx.array) -> mx.array:
+    return v + (1 - BETA_2) * ((g * factor) * (g * factor) - v)
 
 
+# The root by itself, because compiled for the CPU it is computed one by one.
 @mx.compile
-def _moved(p: mx.array, m: mx.array, v: mx.array, rate: mx.array, root: mx.array) -> mx.array:
-    return p - rate * m / (mx.sqrt(v) * root + EPSILON)
+def _moved(p: mx.array, m: mx.array, root_v: mx.array, rate: mx.array, root: mx.array) -> mx.array:
+    return p - rate * m / (root_v * root + EPSILON)
 
 
 @mx.compile
@@ -50,8 +52,11 @@ def _without_part_along(g: mx.array, along: mx.array, rows: mx.array) -> mx.arra
 
 def row_dots(a: mx.array, b: mx.array) -> mx.array:
     """`sum_d a * b` of two `[n, d]` arrays, `[n, 1]`."""
-    # A product with a column of ones: MLX's sums over the last axis are slower on the CPU.
-    return (a * b) @ mx.ones((a.shape[1], 1), a.dtype)
+    if mx.default_device() != mx.Device(mx.cpu):
+        return (a * b).sum(axis=-1, keepdims=True)
+    # MLX's sums over the last axis are slower on the CPU than as many small products.
+    n, d = a.shape
+    return (a.reshape(n, 1, d) @ b.reshape(n, d, 1)).reshape(n, 1)
 
 
 def unit_rows(array: mx.array) -> mx.array:
@@ -72,6 +77,31 @@ def project(gradients: Arrays, params: Arrays) -> Arrays:
     return {**gradients, "W_dec": _without_part_along(g, row_dots(g, W), W)}
 
 
+def update(
+    params: Arrays,
+    moments: dict[str, Any],
+    gradients: Arrays,
+    rate: mx.array,
+    clip: float,
+    unit_norm: bool,
+    division: Undivided = UNDIVIDED,
+) -> tuple[Arrays, dict[str, Any], mx.array]:
+    """`adam` with the gradient projected, if rows are held at norm 1, and its norm taken."""
+    if gpu_kernels.available():
+        squares = {
+            name: gpu_kernels.row_squares(
+                g.reshape(-1, g.shape[-1]), params[name] if unit_norm and name == "W_dec" else None
+            ).sum()
+            for name, g in gradients.items()
+        }
+        norm = mx.sqrt(division.summed_squares(squares))
+        return adam(params, moments, gradients, norm, rate, clip, unit_norm, kernels=True)
+    if unit_norm:
+        gradients = project(gradients, params)
+    norm = gradient_norm(gradients, division)
+    return adam(params, moments, gradients, norm, rate, clip, unit_norm)
+
+
 def adam(
     params: Arrays,
     moments: dict[str, Any],
@@ -80,27 +110,48 @@ def adam(
     rate: mx.array,
     clip: float,
     unit_norm: bool,
+    *,
+    kernels: bool = False,
+    lean: bool = False,
 ) -> tuple[Arrays, dict[str, Any], mx.array]:
     """New parameters and moments, and whether `norm`, that of the gradient, was finite.
 
-    The gradient is scaled down to the norm `clip`, unless that is 0.
+    The gradient is scaled down to the norm `clip`, unless that is 0. With `kernels` it is done by
+    `gpu_kernels`, which also project the gradient. With `lean` the norm is known to be finite, the
+    arrays are taken out of the dicts, and each is computed before the next one is begun, so that
+    old ones are freed on the way.
     """
     good = mx.isfinite(norm)
     factor = mx.minimum(clip / (norm + 1e-12), 1.0) if clip else mx.array(1.0)
     t = moments["t"] + 1
-    rate = mx.where(good, rate / (1 - mx.power(BETA_1, t)), 0)
+    rate = rate / (1 - mx.power(BETA_1, t))
     root = mx.rsqrt(1 - mx.power(BETA_2, t))
-    shares = [mx.where(good, 1 - beta, 0) for beta in (BETA_1, BETA_2)]
     new: dict[str, Arrays] = {"params": {}, "m": {}, "v": {}}
-    for name, p in params.items():
-        g = gradients[name]
-        m = _first_moment(moments["m"][name], g, factor, shares[0])
-        v = _second_moment(moments["v"][name], g, factor, shares[1])
-        p = _moved(p, m, v, rate, root)
-        if unit_norm and name == "W_dec":
-            norms = mx.sqrt(row_dots(p, p))
-            p = p * mx.where(good, 1 / mx.maximum(norms, 1e-12), 1)
-        for part, array in (("params", p), ("m", m), ("v", v)):
+    for name in list(params):
+        old = tuple(part[name] for part in (params, moments["m"], moments["v"]))
+        unit = unit_norm and name == "W_dec"
+        if kernels:
+            move = gpu_kernels.adam_unit_rows if unit else gpu_kernels.adam
+            arrays = move(*old, gradients[name], rate, root, factor, good)
+        else:
+            arrays = _moved_by(*old, gradients[name], rate, root, factor, unit)
+            if lean:
+                del old, params[name], moments["m"][name], moments["v"][name], gradients[name]
+                mx.eval(arrays)
+            else:
+                arrays = tuple(mx.where(good, a, b) for a, b in zip(arrays, old, strict=True))
+        for part, array in zip(new, arrays, strict=True):
             new[part][name] = array
     moments = {"m": new["m"], "v": new["v"], "t": mx.where(good, t, moments["t"])}
     return new["params"], moments, good
+
+
+def _moved_by(
+    p: mx.array, m: mx.array, v: mx.array, g: mx.array,
+    rate: mx.array, root: mx.array, factor: mx.array, unit: bool,
+) -> tuple[mx.array, ...]:  # fmt: skip
+    m, v = _first_moment(m, g, factor), _second_moment(v, g, factor)
+    p = _moved(p, m, mx.sqrt(v), rate, root)
+    if unit:
+        p = p * (1 / mx.maximum(mx.sqrt(row_dots(p, p)), 1e-12))
+    return p, m, v

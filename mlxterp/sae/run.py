@@ -38,6 +38,7 @@ logger = logging.getLogger("mlxterp")
 MAX_SKIPPED_IN_A_ROW = 10
 VALIDATION_TOKENS = 100_000
 VALIDATIONS = 10
+LARGE = 1 << 23  # entries of a matrix
 
 
 class TrainingError(RuntimeError):
@@ -186,15 +187,24 @@ class Run:
         k = active_features(self.step, self.coder.d_in, n, self.config)
         n_revived = rows_to_revive(self.n_dead, n) if self.config.auxiliary_coefficient else 0
         if (k, n_revived) not in self.steps:
-            step = self.builder.make(k, n_revived)
-            # On the CPU MLX compiles for half a minute and hardly gains anything.
-            on_cpu = mx.default_device() == mx.Device(mx.cpu)
-            self.steps[k, n_revived] = step if on_cpu else mx.compile(step)
+            if self._is_lean:
+                self.steps[k, n_revived] = self.builder.make_lean(k, n_revived)
+            else:
+                self.steps[k, n_revived] = mx.compile(self.builder.make(k, n_revived))
         return self.steps[k, n_revived]
 
+    @property
+    def _is_lean(self) -> bool:
+        # On the CPU MLX compiles for half a minute and hardly gains anything; on a Mac a large step
+        # compiled as a whole would hold every array twice.
+        if mx.default_device() == mx.Device(mx.cpu):
+            return True
+        return mx.metal.is_available() and self.coder.W_dec.size >= LARGE
+
     def _count_dead(self) -> int:
-        n: Any = dead_features(self.state, self.config.dead_neuron_threshold).sum()
-        return int(self.division.sum_over_features(n).item())
+        n = dead_features(self.state, self.config.dead_neuron_threshold).sum()
+        total: Any = self.division.sum_over_features(n).item()
+        return int(total)
 
     def _resample(self, batch: mx.array) -> None:
         """Give features that are dead a new start; not in the last two windows of the run."""

@@ -16,7 +16,7 @@ from mlxterp.sae.dead_features import dead_features, initial_counts
 from mlxterp.sae.initialization import Normalisation
 from mlxterp.sae.losses import squared_error
 from mlxterp.sae.objective import Objective
-from mlxterp.sae.optimizer import adam, gradient_norm, initial_moments, project
+from mlxterp.sae.optimizer import adam, gradient_norm, initial_moments, project, update
 from mlxterp.sae.parallel import UNDIVIDED, Undivided
 
 State = dict[str, Any]
@@ -104,49 +104,87 @@ class StepBuilder:
         return self.columns.take(data, reads), self.columns.take(data, writes)
 
     def make(self, k: int, n_revived: int) -> Step:
-        """The step, to be compiled or not."""
-        objective = Objective(self.coder, self.config, k, n_revived, self.division)
-        config, function = self.config, self.coder.activation_function
-        origin = self.columns.take(self.normalisation.origin, self.coder.writes.names)
+        """The step as one function without side effects, to be compiled or not."""
+        differentiate, config = self._differentiate(k, n_revived), self.config
 
         def step(state: State, batch: mx.array, rate: mx.array, share: mx.array) -> State:
-            x, y = self.split(batch)
-            params = state["params"]
-            dead = dead_features(state, config.dead_neuron_threshold)
-            coefficient = _coefficient(state, share, config)
-            (loss, found), gradients = mx.value_and_grad(objective)(params, x, y, dead, coefficient)
-            if config.decoder_unit_norm:
-                gradients = project(gradients, params)
-            norm = gradient_norm(gradients, self.division)
-            params, moments, good = adam(
-                params, state, gradients, norm, rate, config.gradient_clip, config.decoder_unit_norm
-            )
-            read = {
-                "loss": loss,
-                "error": found["error"],
-                "energy": squared_error(y, origin),
-                "l0": found["l0"],
-                "n": mx.array(1.0),
-            }
-            changed = {
-                "fired": state["fired"] + found["firings"],
-                "counted": state["counted"] + float(len(batch)),
-                "sums": {name: total + read[name] for name, total in state["sums"].items()},
-                **_steer(state, found["l0"], self.n_steps, config),
-            }
-            if isinstance(function, TopK):
-                changed["averaged"] = function.average(state["averaged"], found["values"])
-            skipped = mx.where(good, 0.0, 1.0)
-            return {
-                **state,
-                "params": params,
-                **moments,
-                **_where(good, changed, state),
-                "skipped": state["skipped"] + skipped,
-                "skipped_in_a_row": (state["skipped_in_a_row"] + 1) * skipped,
-            }
+            found, gradients = differentiate(state, batch, share)
+            params, moments, good = update(
+                state["params"], state, gradients, rate, config.gradient_clip,
+                config.decoder_unit_norm, self.division,
+            )  # fmt: skip
+            changed = _where(good, self._counted(state, found, len(batch)), state)
+            return {**state, "params": params, **moments, **changed, **_skips(state, good)}
 
         return step
+
+    def make_lean(self, k: int, n_revived: int) -> Step:
+        """The same step in several evaluations, which needs less memory.
+
+        It takes the arrays out of the state that it is given.
+        """
+        differentiate, config = self._differentiate(k, n_revived), self.config
+        if mx.default_device() != mx.Device(mx.cpu):
+            differentiate = mx.compile(differentiate)
+
+        def step(state: State, batch: mx.array, rate: mx.array, share: mx.array) -> State:
+            found, gradients = differentiate(state, batch, share)
+            if config.decoder_unit_norm:
+                gradients = project(gradients, state["params"])
+            norm = gradient_norm(gradients, self.division)
+            mx.eval(found, gradients, norm)
+            good = mx.isfinite(norm)
+            if not good.item():
+                return {**state, **_skips(state, good)}
+            changed = self._counted(state, found, len(batch))
+            params, moments, _ = adam(
+                state["params"], state, gradients, norm, rate, config.gradient_clip,
+                config.decoder_unit_norm, lean=True,
+            )  # fmt: skip
+            return {**state, "params": params, **moments, **changed, **_skips(state, good)}
+
+        return step
+
+    def _differentiate(
+        self, k: int, n_revived: int
+    ) -> Callable[[State, mx.array, mx.array], tuple[dict[str, mx.array], dict[str, mx.array]]]:
+        """The function `(state, batch, share) -> (what was found, gradients)`."""
+        objective = Objective(self.coder, self.config, k, n_revived, self.division)
+        origin = self.columns.take(self.normalisation.origin, self.coder.writes.names)
+
+        def differentiate(state: State, batch: mx.array, share: mx.array):
+            x, y = self.split(batch)
+            dead = dead_features(state, self.config.dead_neuron_threshold)
+            coefficient = _coefficient(state, share, self.config)
+            (loss, found), gradients = mx.value_and_grad(objective)(
+                state["params"], x, y, dead, coefficient
+            )
+            return {**found, "loss": loss, "energy": squared_error(y, origin)}, gradients
+
+        return differentiate
+
+    def _counted(self, state: State, found: dict[str, mx.array], n_tokens: int) -> State:
+        """What a step adds to counts, sums and averages, and how it steers."""
+        read = {**found, "n": mx.array(1.0)}
+        function = self.coder.activation_function
+        averaged = {}
+        if isinstance(function, TopK):
+            averaged = {"averaged": function.average(state["averaged"], found["values"])}
+        return {
+            "fired": state["fired"] + found["firings"],
+            "counted": state["counted"] + float(n_tokens),
+            "sums": {name: total + read[name] for name, total in state["sums"].items()},
+            **averaged,
+            **_steer(state, found["l0"], self.n_steps, self.config),
+        }
+
+
+def _skips(state: State, good: mx.array) -> State:
+    skipped = mx.where(good, 0.0, 1.0)
+    return {
+        "skipped": state["skipped"] + skipped,
+        "skipped_in_a_row": (state["skipped_in_a_row"] + 1) * skipped,
+    }
 
 
 def _where(condition: mx.array, new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
