@@ -187,7 +187,7 @@ def row_squares(g: mx.array, unit: mx.array | None = None) -> mx.array:
     return _run("squares", inputs, [(n_rows,)], -(-n_rows // WARPS), 32 * WARPS, **template)[0]
 
 
-def adam(p, m, v, g, rate, root, factor, good=True) -> tuple[mx.array, mx.array, mx.array]:
+def adam(p, m, v, g, rate, root, factor, good: Any = True) -> tuple[mx.array, mx.array, mx.array]:
     """Adam's new `(p, m, v)` for the gradient `factor * g`; the old ones where not `good`.
 
     `m += 0.1 * (g - m)`, `v += 0.001 * (g^2 - v)`, `p -= rate * m / (sqrt(v) * root + 1e-8)`.
@@ -202,7 +202,9 @@ def adam(p, m, v, g, rate, root, factor, good=True) -> tuple[mx.array, mx.array,
     return p_new, m_new, v_new
 
 
-def adam_unit_rows(p, m, v, g, rate, root, factor, good=True):
+def adam_unit_rows(
+    p, m, v, g, rate, root, factor, good: Any = True
+) -> tuple[mx.array, mx.array, mx.array]:
     """`adam` for a matrix of unit rows: not along them, and with their norms set to 1 again."""
     n_rows, d = p.shape
     arrays = [array.astype(mx.float32) for array in (p, m, v, g)]

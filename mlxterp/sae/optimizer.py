@@ -128,7 +128,7 @@ def adam(
     root = mx.rsqrt(1 - mx.power(BETA_2, t))
     new: dict[str, Arrays] = {"params": {}, "m": {}, "v": {}}
     for name in list(params):
-        old = tuple(part[name] for part in (params, moments["m"], moments["v"]))
+        old = params[name], moments["m"][name], moments["v"][name]
         unit = unit_norm and name == "W_dec"
         if kernels:
             move = gpu_kernels.adam_unit_rows if unit else gpu_kernels.adam

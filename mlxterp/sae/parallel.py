@@ -137,7 +137,7 @@ class _Divided(Undivided):
         return mx.distributed.all_gather(array, group=self.group)
 
     def maxima(self, numbers: Sequence[int]) -> list[int]:
-        largest: Any = mx.distributed.all_max(mx.array(numbers), group=self.group).tolist()
+        largest: Any = mx.distributed.all_max(mx.array(list(numbers)), group=self.group).tolist()
         return largest
 
 

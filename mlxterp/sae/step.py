@@ -129,10 +129,11 @@ class StepBuilder:
 
         def step(state: State, batch: mx.array, rate: mx.array, share: mx.array) -> State:
             found, gradients = differentiate(state, batch, share)
+            mx.eval(found, gradients)
             if config.decoder_unit_norm:
                 gradients = project(gradients, state["params"])
             norm = gradient_norm(gradients, self.division)
-            mx.eval(found, gradients, norm)
+            mx.eval(gradients, norm)
             good = mx.isfinite(norm)
             if not good.item():
                 return {**state, **_skips(state, good)}

@@ -284,3 +284,6 @@ def _rescue(run: Run, reason: BaseException) -> None:
         run.save()
     except OSError as error:
         logger.error("Step %d of the run could not be saved: %s", run.step, error)
+    if together:
+        # A launcher ends the first process, which may still be writing, when another one ends.
+        run.division.maxima([0])
