@@ -18,6 +18,7 @@ MUCH_LEFT_OUT = 0.01
 L0_FACTOR = 1.5
 FVU_RISE = 1.25
 HELD_OUT_RISE = 1.1
+SAME_L0 = 1.05
 
 
 class StopTraining(Exception):
@@ -177,19 +178,30 @@ class EarlyStopping(Callback):
             )
 
 
+def _means(values: list[tuple[float, float]]) -> tuple[float, float]:
+    fvu, l0 = (sum(column) / len(column) for column in zip(*values, strict=True))
+    return fvu, l0
+
+
+def _lowest(measured: list[tuple[float, float]], l0: float) -> float:
+    """The lowest FVU of those `(FVU, L0)` that had no more active features than now."""
+    return min((fvu for fvu, then in measured if then <= SAME_L0 * l0), default=math.inf)
+
+
 class Advice(Callback):
     """Warns, once for each kind of trouble, and says what to do; a good run is silent.
 
     It waits until the figures can be believed: half of the run for dead features and FVU, nine
     tenths for L0, and runs of less than a hundred steps are not judged. FVU is compared between
-    tenths of the run, so that noise is not taken for a rise.
+    tenths of the run, so that noise is not taken for a rise, and only where L0 has not come down,
+    which raises it.
     """
 
     def on_train_begin(self, run: RunInfo) -> None:
         self._run, self._since = run, run.first_step
         self._given: set[str] = set()
-        self._tenths: dict[int, list[float]] = {}
-        self._lowest_held_out = math.inf
+        self._tenths: dict[int, list[tuple[float, float]]] = {}
+        self._held_out: list[tuple[float, float]] = []
 
     def on_train_loss_report(self, info: dict[str, Any]) -> None:
         since, self._since = self._since, info["step"]
@@ -236,12 +248,12 @@ class Advice(Callback):
         """Look at the mean of a tenth of the run once it is complete."""
         tenth = 10 * since // self._run.n_steps
         if math.isfinite(fvu := info.get("fvu", math.nan)):
-            self._tenths.setdefault(tenth, []).append(fvu)
+            self._tenths.setdefault(tenth, []).append((fvu, info.get("l0", 0.0)))
         complete = 10 * info["step"] >= (tenth + 1) * self._run.n_steps
         if tenth not in self._tenths or not (complete and self._is_past(0.5, since)):
             return
-        means = {t: sum(values) / len(values) for t, values in self._tenths.items()}
-        mean, lowest = means[tenth], min(means.values())
+        means = {t: _means(values) for t, values in self._tenths.items()}
+        mean, lowest = means[tenth][0], _lowest(list(means.values()), means[tenth][1])
         if mean > 1 or mean > FVU_RISE * lowest:
             what = f"FVU has risen from {lowest:.3g} to {mean:.3g}"
             if mean > 1:
@@ -250,7 +262,8 @@ class Advice(Callback):
             self._warn("FVU", what, info, remedy)
 
     def _look_at_held_out_fvu(self, info: dict[str, Any]) -> None:
-        fvu, lowest = info.get("fvu", math.nan), self._lowest_held_out
+        fvu, l0 = info.get("fvu", math.nan), info.get("l0", 0.0)
+        lowest = _lowest(self._held_out, l0)
         if self._is_past(0.5, info["step"]) and fvu > HELD_OUT_RISE * lowest:
             self._warn(
                 "held-out FVU",
@@ -258,7 +271,7 @@ class Advice(Callback):
                 info,
                 f"use more data, or fewer passes over it ({self._now('num_epochs')})",
             )
-        self._lowest_held_out = fvu if fvu < lowest else lowest
+        self._held_out.append((fvu, l0))
 
     def _look_at_left_out(self, info: dict[str, Any]) -> None:
         skipped, rows = info.get("skipped", 0), info.get("skipped_tokens", 0)
@@ -270,11 +283,12 @@ class Advice(Callback):
                 info,
                 f"lower {self._now('learning_rate')}, or look at the activations",
             )
-        if rows > MUCH_LEFT_OUT * (info["tokens"] + rows):
+        epoch = self._run.n_steps * self._run.batch_size / self._run.config.get("num_epochs", 1)
+        if rows > MUCH_LEFT_OUT * (epoch + rows):
             self._warn(
                 "rows",
-                f"{100 * rows / (info['tokens'] + rows):.1f} % of the activations are not finite "
-                "and were left out",
+                f"{100 * rows / (epoch + rows):.1f} % of the activations are not finite and were "
+                "left out",
                 info,
                 "run the model in float32, or train on another site",
             )

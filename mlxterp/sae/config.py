@@ -69,7 +69,7 @@ class SAEConfig:
     """Steps over which the penalty is raised from nothing, at most a tenth of the run."""
     k_anneal_steps: int = 0
     """Steps over which `topk` and its kin come down to `k`, in stages, from as many active features
-    as the input has dimensions."""
+    as the input has dimensions; at most half of the run."""
     matryoshka_prefixes: tuple[float, ...] = ()
     """Shares of the features, ascending, such as `(1/16, 1/4)`, each of which must reconstruct by
     itself as well; empty: only all of them together (arXiv 2503.17547)."""
@@ -130,7 +130,8 @@ class SAEConfig:
     def __post_init__(self, normalize_input: bool | None) -> None:
         if normalize_input is not None:
             object.__setattr__(self, "normalize_activations", normalize_input)
-        object.__setattr__(self, "matryoshka_prefixes", tuple(self.matryoshka_prefixes))
+        if isinstance(self.matryoshka_prefixes, list):  # as JSON has it
+            object.__setattr__(self, "matryoshka_prefixes", tuple(self.matryoshka_prefixes))
         for field in ("expansion_factor", "learning_rate", "bandwidth"):
             self._check(field, "a number above 0", lambda x: _is_number(x) and x > 0)
         allowed = "None or a number above 0"
@@ -151,11 +152,9 @@ class SAEConfig:
             choices = get_args(kind)
             self._check(field, f"one of {choices}", lambda x, among=choices: x in among)
         prefixes = self.matryoshka_prefixes
-        ascending = list(prefixes) == sorted(set(prefixes))
-        inside = all(_is_number(share) and 0 < share < 1 for share in prefixes)
-        self._check(
-            "matryoshka_prefixes", "ascending shares in (0, 1)", lambda _: ascending and inside
-        )
+        inside = isinstance(prefixes, tuple) and all(_is_number(x) and 0 < x < 1 for x in prefixes)
+        ascending = inside and list(prefixes) == sorted(set(prefixes))
+        self._check("matryoshka_prefixes", "ascending shares in (0, 1)", lambda _: ascending)
         self._check_penalty()
 
     def _check_penalty(self) -> None:
@@ -205,7 +204,8 @@ class SAEConfig:
         """
         n = round(self.expansion_factor * d_in)
         field = "k" if self.target_l0 is None else "target_l0"
-        if self.wanted_l0 > n:
+        selects = ACTIVATION_FUNCTIONS[self.activation_function].selects
+        if self.wanted_l0 > n and (selects or not self.lambda_sparse or self.target_l0):
             raise ValueError(
                 f"{field} must be at most the number of features, {n} "
                 f"(expansion_factor {self.expansion_factor} x width {d_in}), got {self.wanted_l0}."

@@ -80,7 +80,7 @@ def resample(
     `x` is what is read `[batch, d_in]`, `y` what is to be written `[batch, d_out]`. Tokens are
     drawn with a probability proportional to their squared loss. The decoder row becomes the token's
     normalised target, the encoder row its input with a fifth of the mean norm of living rows, the
-    bias zero; Adam starts anew for these rows.
+    bias zero, thresholds and the like the mean of living ones; Adam starts anew for these rows.
 
     Reference: Bricken et al. 2023, "Towards Monosemanticity", appendix.
     """
@@ -92,9 +92,15 @@ def resample(
         return state
     drawn, rows = _draw(weights, len(dead), rng), mx.array(dead)
     alive = 1 - mx.zeros((len(W_enc),)).at[rows].add(1.0)
-    norms = mx.linalg.norm(W_enc, axis=-1)
-    norm = 0.2 * (norms * alive).sum() / mx.maximum(alive.sum(), 1)
-    new = {"W_dec": unit_rows(y[drawn]), "b_enc": mx.zeros((len(dead),))}
+
+    def mean_of_living(values: mx.array) -> mx.array:
+        return (values * alive).sum() / mx.maximum(alive.sum(), 1)
+
+    norm = 0.2 * mean_of_living(mx.linalg.norm(W_enc, axis=-1))
+    # The activation function's own arrays have one entry for each feature.
+    own = [name for name in params if name not in ("W_enc", "b_enc", "W_dec", "b_dec")]
+    new = {name: mx.full((len(dead),), mean_of_living(params[name])) for name in own}
+    new |= {"W_dec": unit_rows(y[drawn]), "b_enc": mx.zeros((len(dead),))}
     if "W_enc" in params:
         new["W_enc"] = norm * unit_rows(x[drawn])
     moments = {part: dict(state[part]) for part in ("m", "v")}

@@ -145,6 +145,7 @@ class Objective:
 
     def _revival(self, params: Params, residual: mx.array, x: mx.array, dead: mx.array) -> mx.array:
         n = self.n_revived
+        dead = self.division.looked_at(dead, n)
         rows = mx.argpartition(mx.where(dead, 0, 1), min(n, len(dead) - 1))[:n]
         W_enc = params.get("W_enc", params["W_dec"])
         arrays = W_enc[rows], params["b_enc"][rows], params["W_dec"][rows]

@@ -93,6 +93,10 @@ class Undivided:
         """As `kernels.decode_pairs`, before the sum over features."""
         return decode_pairs(values, pairs, W_dec, bounds)
 
+    def looked_at(self, dead: mx.array, n: int) -> mx.array:
+        """Which of the own features are among `n` dead ones, the same as in one process."""
+        return dead
+
     def own_bounds(self, bounds: tuple[int, ...], n_features: int) -> tuple[int, ...]:
         """The first features of nested groups, counted from the first of the own features."""
         return bounds
@@ -246,6 +250,11 @@ class ByFeatures(_Divided):
         # A count, so that on all processes the same ones win where values are equal.
         kept = mx.put_along_axis(mx.zeros((n_rows, self.size * n)), chosen, mx.array(1.0), axis=-1)
         return mx.where(kept[:, self.rank * n : (self.rank + 1) * n] > 0, values, 0)
+
+    def looked_at(self, dead: mx.array, n: int) -> mx.array:
+        living = self._joined(mx.where(dead, 0, 1))
+        rows = mx.argpartition(living, min(n, len(living) - 1))[:n]
+        return dead & (self._part(mx.zeros(living.shape).at[rows].add(1.0)) > 0)
 
     def own_bounds(self, bounds: tuple[int, ...], n_features: int) -> tuple[int, ...]:
         n = n_features // self.size

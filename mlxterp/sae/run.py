@@ -184,7 +184,7 @@ class Run:
     def _step(self) -> Step:
         """The step for the present number of active and of dead features."""
         n = self.coder.n_features
-        k = active_features(self.step, self.coder.d_in, n, self.config)
+        k = active_features(self.step, self.plan.n_steps, self.coder.d_in, n, self.config)
         n_revived = rows_to_revive(self.n_dead, n) if self.config.auxiliary_coefficient else 0
         if (k, n_revived) not in self.steps:
             if self._is_lean:

@@ -31,14 +31,14 @@ def sparsity_share(step: int, n_steps: int, config: SAEConfig) -> float:
     return min(1.0, (step + 1) / max(1, _warmup(config.sparsity_warmup_steps, n_steps)))
 
 
-def active_features(step: int, d_in: int, n_features: int, config: SAEConfig) -> int:
+def active_features(step: int, n_steps: int, d_in: int, n_features: int, config: SAEConfig) -> int:
     """`k` at a 0-based step: from `d_in` down to the config's in stages of a constant ratio.
 
     Stages, because every other `k` is another compiled step. The last one lies after
     `k_anneal_steps`.
     """
-    first = min(d_in, n_features)
-    if step >= config.k_anneal_steps or first <= config.k:
+    first, last_step = min(d_in, n_features), min(config.k_anneal_steps, n_steps // 2)
+    if step >= last_step or first <= config.k:
         return config.k
-    stage = step * K_STAGES // config.k_anneal_steps
+    stage = step * K_STAGES // last_step
     return round(first * (config.k / first) ** (stage / K_STAGES))

@@ -282,8 +282,8 @@ def _rescue(run: Run, reason: BaseException) -> None:
         return
     try:
         run.save()
-    except OSError as error:
+        if together:
+            # A launcher ends the first process, which may still be writing, when another one ends.
+            run.division.maxima([0])
+    except (OSError, RuntimeError) as error:  # a full disk; a process that is gone
         logger.error("Step %d of the run could not be saved: %s", run.step, error)
-    if together:
-        # A launcher ends the first process, which may still be writing, when another one ends.
-        run.division.maxima([0])

@@ -327,10 +327,20 @@ def test_a_held_out_fvu_that_rises_calls_for_more_data():
 
 
 def test_skipped_steps_and_rows_are_mentioned_above_one_percent():
-    assert advice([report(1000, skipped=10, skipped_tokens=10_000)]) == []
-    steps, rows = advice([report(1000, skipped=11, skipped_tokens=20_000)])
+    # Of an epoch, which here is half of the million tokens.
+    assert advice([report(1000, skipped=10, skipped_tokens=5_000)]) == []
+    assert advice([report(100, skipped=0, skipped_tokens=5_000)]) == []
+    steps, rows = advice([report(1000, skipped=11, skipped_tokens=10_204)])
     assert steps.startswith("11 of 1000 steps had a loss or gradient that is not finite")
     assert rows.startswith("2.0 % of the activations are not finite and were left out after 1,000")
+
+
+def test_fvu_that_rises_because_l0_comes_down_is_no_trouble():
+    falling = [report(s, fvu=0.1 + s / 5000, l0=300 - s / 4) for s in range(100, 1001, 100)]
+    assert advice(falling, [{**r, "n_tokens": 10} for r in falling]) == []
+    level = [{**r, "l0": 50.0} for r in falling]
+    said = advice(level, [{**r, "n_tokens": 10} for r in level])
+    assert ["FVU has risen" in said[0], "held-out FVU has risen" in said[1]] == [True, True]
 
 
 def test_a_run_of_few_steps_is_not_judged():
