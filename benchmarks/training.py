@@ -293,7 +293,8 @@ def end_to_end(device: str, n_tokens: int | None, precision: str) -> None:
         f"residual after {layer + 1} layers of width 2048, context {context}, {n_tokens:,} tokens; "
         f"SAE {config.n_features(2048)} features, k {config.k}, batch {batch}, {precision}\n"
         f"  harvest only      {n_tokens / alone:10.0f} tokens/s\n"
-        f"  harvest and train {clock.rate:10.0f} tokens/s, {clock.rate * alone / n_tokens:.0%} of it"
+        f"  harvest and train {clock.rate:10.0f} tokens/s, "
+        f"{clock.rate * alone / n_tokens:.0%} of it"
     )
 
 

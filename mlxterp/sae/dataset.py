@@ -185,6 +185,13 @@ class ActivationDataset:
         dtype = mx.float32 if self._activations is None else self._activations.dtype
         return self.n_tokens * self.columns.width * dtype.size
 
+    @property
+    def bytes_to_come(self) -> int:
+        """What the activations will still take in memory when they are used."""
+        if self._activations is not None:
+            return 0
+        return self.n_bytes if self.in_memory else self.buffer_bytes
+
     def split(
         self, validation: float = 0.05, seed: int = 0
     ) -> tuple[ActivationDataset, ActivationDataset]:

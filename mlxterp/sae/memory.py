@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -117,6 +118,13 @@ def estimate(
         expansion_factor=n_features / d_in,
         **{name: round(n) for name, n in step.items()},
     )
+
+
+def together(estimates: Sequence[MemoryEstimate]) -> MemoryEstimate:
+    """What several coders take that take turns on the same data."""
+    kept = ("parameters", "optimizer_state", "trained_coder")
+    sums = {name: sum(getattr(one, name) for one in estimates) for name in kept}
+    return replace(max(estimates, key=lambda one: one.total), **sums)
 
 
 def device_memory() -> DeviceMemory | None:

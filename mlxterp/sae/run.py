@@ -308,6 +308,7 @@ class Run:
             "step": self.step,
             "n_steps": self.plan.n_steps,
             "n_dead": self.n_dead,
+            "ended": self.ended,
             "seconds": self.elapsed,
             "random_state": self.rng.bit_generator.state,
             "training": self.training,
@@ -336,6 +337,7 @@ class Run:
         saved_state = self.division.shard(tree_unflatten(list(arrays.items())))
         self.state = {**self.state, **saved_state}
         self.step, self.n_dead, self.seconds = run["step"], run["n_dead"], run["seconds"]
+        self.ended = run["ended"]
         self.rng.bit_generator.state = run["random_state"]
         self.training, self.validated = run["training"], run["validation"]
         self.saved_step = self.step

@@ -22,7 +22,17 @@ from mlxterp.sae.files import (
 RUN_FILE = "run.json"
 STATE_FILE = "state.safetensors"
 FILES = frozenset((RUN_FILE, STATE_FILE, CHECKSUMS_FILE))
-KEYS = ("step", "n_steps", "n_dead", "seconds", "random_state", "config", "training", "validation")
+KEYS = (
+    "step",
+    "n_steps",
+    "n_dead",
+    "ended",
+    "seconds",
+    "random_state",
+    "config",
+    "training",
+    "validation",
+)
 
 
 def _name(step: int) -> str:

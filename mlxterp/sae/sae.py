@@ -98,16 +98,24 @@ class SAETrainer:
         resume: bool = False,
         *,
         sites: Mapping[str, str] | None = None,
+        callbacks: Mapping[str, Sequence[Callback]] | None = None,
         model: ActivationSource | None = None,
     ) -> dict[str, SAE]:
         """Several SAEs from one pass over the activations: `{name: config}` gives `{name: SAE}`.
 
         Configs may differ in everything but `batch_size`, `num_epochs`, `seed` and
-        `validation_split`. For a dataset of several sites `sites` names that of each SAE. Each
-        writes its checkpoints to a directory of its name in `checkpoint_dir`. Raises `ValueError`
-        as `fit` does, and where the configs do not go together.
+        `validation_split`. For a dataset of several sites `sites` names that of each SAE;
+        `callbacks` are those of each. Each writes its checkpoints to a directory of its name in
+        `checkpoint_dir`. Raises `ValueError` as `fit` does, and where the configs do not go
+        together.
         """
         dataset = _as_dataset(dataset)
+        _check_names(configs, sites)
+        if self.callbacks and len(configs) > 1:
+            raise ValueError(
+                "A callback keeps what one run reports: give callbacks={name: [...]} to fit_many, "
+                "one list for each SAE, instead of to SAETrainer."
+            )
         shares = {name: config.validation_split for name, config in configs.items()}
         if len(set(shares.values())) != 1:
             raise ValueError(f"validation_split must be the same for all configs, got {shares}.")
@@ -121,7 +129,7 @@ class SAETrainer:
             training,
             held_out,
             self.checkpoint_dir,
-            dict.fromkeys(configs, self.callbacks),
+            callbacks or dict.fromkeys(configs, self.callbacks),
             resume,
             self.parallel,
         )
@@ -129,6 +137,32 @@ class SAETrainer:
             source = dataset.source or model
             _describe(sae, configs[name], results[name], training, held_out, source)
         return saes
+
+    @_OnClassOrInstance
+    def train_many(
+        self,
+        model: ActivationSource,
+        layers: Sequence[Any],
+        component: str | None = None,
+        dataset: Iterable[str] = (),
+        configs: Mapping[str, SAEConfig] | SAEConfig | None = None,
+        resume: bool = False,
+        verbose: bool = True,
+    ) -> dict[str, SAE]:
+        """SAEs of several sites of a model, each with one config or with several, from one pass of
+        the texts through it.
+
+        `layers` are as in `train`. The keys of the result are the sites' names, followed by a space
+        and the config's name where there are several. Raises `ValueError` as `fit_many` does.
+        """
+        sites = [str(find_site(model, layer, component)) for layer in layers]
+        data = ActivationDataset.from_texts(model, dataset, sites, verbose=verbose)
+        width = max(data.columns.widths, default=0)
+        if not isinstance(configs, Mapping):
+            configs = {"": configs or self.config or SAEConfig.recommended(width, len(data))}
+        wanted = {f"{site} {name}".strip(): site for site in sites for name in configs}
+        chosen = [config for _ in sites for config in configs.values()]
+        return self.fit_many(data, dict(zip(wanted, chosen, strict=True)), resume, sites=wanted)
 
     @_OnClassOrInstance
     def train(
@@ -184,6 +218,17 @@ def _as_dataset(dataset: ActivationDataset | Any) -> ActivationDataset:
     if isinstance(dataset, ActivationDataset):
         return dataset
     return ActivationDataset.from_activations(dataset)
+
+
+def _check_names(configs: Mapping[str, SAEConfig], sites: Mapping[str, str] | None) -> None:
+    if not configs:
+        raise ValueError("configs must hold at least one {name: config}.")
+    for name in configs:
+        if not name or name != Path(name).name:
+            raise ValueError(f"A name of an SAE must be one of a directory, got {name!r}.")
+    missing = [] if sites is None else [name for name in configs if name not in sites]
+    if missing:
+        raise ValueError(f"sites must name the site of every SAE; missing: {missing}.")
 
 
 def _divide(

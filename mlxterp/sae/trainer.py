@@ -12,7 +12,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlxterp.sae.callbacks import Advice, Callback
+from mlxterp.sae import memory
+from mlxterp.sae.callbacks import Advice, Callback, StopTraining
 from mlxterp.sae.coder import SparseCoder
 from mlxterp.sae.config import SAEConfig
 from mlxterp.sae.dataset import ActivationDataset
@@ -104,11 +105,13 @@ class Trainer:
         """
         with first_before_others(self.parallel):
             saved = find_checkpoint(self.checkpoint_dir, resume)
+        check_memory([(coder, self.config)], dataset, validation)
         sample, plan = prepare(dataset, self.config)
         division = divide(self.parallel, coder, plan.batch_size)
         run = Run(self.config, coder, dataset, validation, plan, sample,
                   with_usual(self.callbacks, self.checkpoint_dir), self.checkpoint_dir,
                   division=division)  # fmt: skip
+        del sample
         if saved is not None:
             run.restore(saved)
         drive([run], dataset, plan)
@@ -143,6 +146,7 @@ def train_together(
     }
     with first_before_others(parallel):
         saved = {name: find_checkpoint(path, resume) for name, path in directories.items()}
+    check_memory(list(coders.values()), dataset, validation)
     sample, plan = prepare(dataset, next(iter(configs.values())))
     runs = []
     for name, (coder, config) in coders.items():
@@ -154,6 +158,7 @@ def train_together(
         if (path := saved[name]) is not None:
             run.restore(path)
         runs.append(run)
+    del sample
     drive(runs, dataset, plan)
     return {run.name: TrainingResult.of(run) for run in runs}
 
@@ -179,6 +184,30 @@ def with_usual(callbacks: Sequence[Callback], directory: Path | None) -> tuple[C
     return (*log, Advice(), *callbacks)
 
 
+def check_memory(
+    coders: Sequence[tuple[SparseCoder, SAEConfig]],
+    dataset: ActivationDataset,
+    validation: ActivationDataset | None,
+) -> None:
+    """Warns where the device has hardly enough memory; raises `MemoryError` where it has not."""
+    data = [part for part in (dataset, validation) if part is not None]
+    needed = [
+        memory.estimate(
+            d_in=coder.d_in,
+            d_out=coder.d_out,
+            n_features=coder.n_features,
+            batch_size=min(config.batch_size, len(dataset)),
+            k=coder.k,
+            tied=config.tied_weights,
+            precision=config.precision,
+            dataset_bytes=sum(part.bytes_to_come for part in data),
+            validation_tokens=0 if validation is None else len(validation),
+        )
+        for coder, config in coders
+    ]
+    memory.check(memory.together(needed))
+
+
 def prepare(dataset: ActivationDataset, config: SAEConfig) -> tuple[mx.array, Plan]:
     """A sample `[n_tokens, width]` of the data, and how the data are gone through."""
     # The sample first, because it finds the tokens that are left out of data kept in memory.
@@ -199,7 +228,7 @@ def drive(runs: Sequence[Run], dataset: ActivationDataset, plan: Plan) -> None:
     with contextlib.ExitStack() as ends:  # each is called, also when another one fails
         for run in runs:
             for callback in run.callbacks:
-                ends.callback(callback.on_train_end)
+                ends.callback(_end, callback)
         try:
             with stop_requests() as requests:
                 for run in runs:
@@ -211,6 +240,11 @@ def drive(runs: Sequence[Run], dataset: ActivationDataset, plan: Plan) -> None:
             for run in runs:
                 _rescue(run, error)
             raise
+
+
+def _end(callback: Callback) -> None:
+    with contextlib.suppress(StopTraining):  # which there is no more to do about
+        callback.on_train_end()
 
 
 def _check_same_start(runs: Sequence[Run]) -> None:

@@ -232,8 +232,8 @@ def test_many_coders_of_several_sites_remember_theirs_and_are_resumed(tmp_path):
     expected = SAETrainer().fit_many(_dataset(data), configs, sites=sites)
     assert [(sae.site, sae.d_in) for sae in expected.values()] == [("a", 8), ("b", 6)]
     with pytest.raises(KeyboardInterrupt):
-        SAETrainer(checkpoint_dir=tmp_path, callbacks=[Interrupt(7)]).fit_many(
-            _dataset(data), configs, sites=sites
+        SAETrainer(checkpoint_dir=tmp_path).fit_many(
+            _dataset(data), configs, sites=sites, callbacks={"two": [Interrupt(7)]}
         )
     assert {path.name for path in tmp_path.iterdir()} == {"one", "two"}
     found = SAETrainer(checkpoint_dir=tmp_path).fit_many(
@@ -242,6 +242,40 @@ def test_many_coders_of_several_sites_remember_theirs_and_are_resumed(tmp_path):
     for name in configs:
         assert not differences(found[name], expected[name])
         assert found[name].metadata == expected[name].metadata
+
+
+@pytest.mark.parametrize(
+    ("names", "sites", "message"),
+    [
+        ((), None, "configs must hold at least one"),
+        (("../k",), None, "must be one of a directory, got '../k'"),
+        (("",), None, "must be one of a directory, got ''"),
+        (("a", "b"), {"a": "x"}, r"sites must name the site of every SAE; missing: \['b'\]"),
+    ],
+)
+def test_names_and_sites_of_many_coders_are_checked(names, sites, message):
+    with pytest.raises(ValueError, match=message):
+        SAETrainer().fit_many(array(), dict.fromkeys(names, CONFIG), sites=sites)
+
+
+def test_many_coders_do_not_share_a_callback():
+    with pytest.raises(ValueError, match="give callbacks={name"):
+        SAETrainer(callbacks=[Interrupt(1)]).fit_many(array(), {"a": CONFIG, "b": CONFIG})
+
+
+def test_sites_of_a_model_are_trained_from_one_pass():
+    model = FakeSource(width=8)
+    texts = ["".join(np.random.default_rng(i).choice(list("abcdefgh "), 60)) for i in range(20)]
+    configs = {"small": CONFIG.replace(k=2), "large": CONFIG.replace(k=4)}
+    calls = []
+    run = model.run
+    model.run = lambda *a, **options: calls.append(options["capture"]) or run(*a, **options)
+    found = SAETrainer.train_many(model, [SITE], None, texts, configs, verbose=False)
+    assert list(found) == [f"{SITE} small", f"{SITE} large"] and set(calls) == {(SITE,)}
+    alone = SAETrainer.train(model, SITE, None, texts, configs["large"], verbose=False)
+    assert not differences(found[f"{SITE} large"], alone)
+    one = SAETrainer.train_many(model, [SITE], None, texts, configs["small"], verbose=False)
+    assert list(one) == [SITE] and not differences(one[SITE], found[f"{SITE} small"])
 
 
 def _dataset(arrays) -> ActivationDataset:
