@@ -101,7 +101,7 @@ class Run:
         self.all_stop = False  # every process of the run is asked to, at the same step
         self.between_steps = True
         self.skipped_in_a_row = 0
-        self.saved_step = 0  # a run that has not begun leaves nothing behind
+        self.saved = (0, False)  # step and whether ended; before the first there is nothing to save
         self.seconds = 0.0
         self.started = self.last_read = time.perf_counter()
 
@@ -299,7 +299,9 @@ class Run:
 
     def save(self) -> None:
         """Write everything that the rest of the run depends on, if there is a place for it."""
-        if self.directory is None or self.saved_step == self.step or not self.between_steps:
+        if self.directory is None or self.step == 0 or not self.between_steps:
+            return
+        if self.saved == (self.step, self.ended):
             return
         arrays = self._arrays()
         # What is gathered must be asked for by all, in one order.
@@ -315,11 +317,10 @@ class Run:
             "validation": self.validated,
             "config": self.config.to_dict(),
         }
+        self.saved = (self.step, self.ended)
         if not self.division.is_first:
-            self.saved_step = self.step
             return
         path = save_checkpoint(self.directory, self.step, run, arrays, self.config.checkpoints_kept)
-        self.saved_step = self.step
         self._notify("on_checkpoint", path)
 
     def restore(self, saved: Path) -> None:
@@ -340,4 +341,4 @@ class Run:
         self.ended = run["ended"]
         self.rng.bit_generator.state = run["random_state"]
         self.training, self.validated = run["training"], run["validation"]
-        self.saved_step = self.step
+        self.saved = (self.step, self.ended)

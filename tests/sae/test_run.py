@@ -350,11 +350,12 @@ def test_a_callback_ends_a_run_as_if_it_were_complete(event, at, stopped_at, tmp
     assert not differences(coder, run.coder)
 
 
-def test_a_run_that_was_stopped_goes_on_where_it_is_resumed(tmp_path):
-    expected = fit(in_memory(), config())
-    fit(in_memory(), config(), tmp_path, [Stop("step", 9)])
+@pytest.mark.parametrize(("event", "at"), [("step", 9), ("checkpoint", 7)])
+def test_a_run_that_was_stopped_stays_so_where_it_is_resumed(event, at, tmp_path):
+    expected = fit(in_memory(), config(), tmp_path, [Stop(event, at)])
     found = fit(in_memory(), config(), tmp_path, resume=True)
     assert not differences(found[0], expected[0])
+    assert found[1].n_tokens == expected[1].n_tokens > 0
 
 
 def test_stopping_is_mentioned_with_step_and_reason(caplog):
