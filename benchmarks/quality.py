@@ -131,15 +131,14 @@ def measured(
 def config_of(name: str, k: float, data: Data, features: int, passes: int) -> SAEConfig:
     """Our recipe for this much data, with an activation function and its sparsity."""
     n, d = data.training.shape
-    config = SAEConfig.recommended(d, n)
     sparsity: dict[str, Any] = {"k": int(k)}
     if name in ("jumprelu", "relu", "gated"):
         sparsity["target_l0"] = float(k)
     if name == "matryoshka":
         prefixes = peers.matryoshka_prefixes(features)[:-1]
         name, sparsity["matryoshka_prefixes"] = "batch_topk", [p / features for p in prefixes]
-    return config.replace(
-        activation_function=name, expansion_factor=features / d, num_epochs=passes, **sparsity
+    return SAEConfig.recommended(
+        d, n, activation_function=name, expansion_factor=features / d, num_epochs=passes, **sparsity
     )
 
 

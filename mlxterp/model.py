@@ -321,11 +321,14 @@ class InterpretableModel:
         component: str | None = None,
         save_path: str | Path | None = None,
         config: SAEConfig | None = None,
+        checkpoint_dir: str | Path | None = None,
+        resume: bool = False,
         verbose: bool = True,
     ) -> SAE:
         """A sparse autoencoder of one site (`mlp` if none is named); see `SAETrainer.train`."""
-        return SAETrainer.train(
-            self, layer, component, dataset, config, save_path=save_path, verbose=verbose
+        trainer = SAETrainer(config, checkpoint_dir)
+        return trainer.train(
+            self, layer, component, dataset, save_path=save_path, resume=resume, verbose=verbose
         )
 
     def load_sae(self, path: str | Path) -> BaseSAE:

@@ -215,29 +215,30 @@ class SAEConfig:
         return n
 
     @classmethod
-    def recommended(cls, d_in: int, n_tokens: int) -> SAEConfig:
+    def recommended(cls, d_in: int, n_tokens: int, **settings: Any) -> SAEConfig:
         """The recipe for a site of width `d_in` and `n_tokens` tokens of data.
 
         From the sweeps in `benchmarks/RESULTS.md`, measured at width 128: BatchTopK, which
         reconstructs better than TopK at the same L0; the number of passes; a batch size that makes
         about 3,000 steps; and a learning rate that falls with the square root of the number of
-        features (as in arXiv 2406.04093) and of small batches.
+        features (as in arXiv 2406.04093) and of small batches. `settings` take the place of the
+        recipe's, and the rest is chosen to go with them.
         """
-        num_epochs = min(20, max(1, round(RECOMMENDED_TRAINING_TOKENS / max(1, n_tokens))))
-        wanted = num_epochs * n_tokens / RECOMMENDED_STEPS
-        batch_size = min(max(1 << round(math.log2(max(wanted, 1))), 256), 4096)
-        features, share = cls.expansion_factor * d_in, min(1.0, batch_size / 1024)
-        rate = RECOMMENDED_RATE * math.sqrt(2048 / features * share)
-        n_steps = num_epochs * n_tokens // batch_size
-        return cls(
-            activation_function="batch_topk",
-            k=min(max(d_in // 8, min(8, d_in)), 64),
-            learning_rate=float(f"{min(rate, 8e-3):.2g}"),
-            batch_size=batch_size,
-            num_epochs=num_epochs,
-            resample_dead_every=0,
-            warmup_steps=min(100, n_steps // 20),
-        )
+        passes = min(20, max(1, round(RECOMMENDED_TRAINING_TOKENS / max(1, n_tokens))))
+        chosen = {"num_epochs": passes, "expansion_factor": cls.expansion_factor, **settings}
+        seen = chosen["num_epochs"] * n_tokens
+        batch_size = 1 << round(math.log2(max(seen / RECOMMENDED_STEPS, 1)))
+        chosen = {"batch_size": min(max(batch_size, 256), 4096), **chosen}
+        share = min(1.0, chosen["batch_size"] / 1024)
+        rate = RECOMMENDED_RATE * math.sqrt(2048 / (chosen["expansion_factor"] * d_in) * share)
+        usual = {
+            "activation_function": "batch_topk",
+            "k": min(max(d_in // 8, min(8, d_in)), 64),
+            "learning_rate": float(f"{min(rate, 8e-3):.2g}"),
+            "resample_dead_every": 0,
+            "warmup_steps": min(100, seen // chosen["batch_size"] // 20),
+        }
+        return cls(**{**usual, **chosen})
 
     def replace(self, **changes: Any) -> Self:
         """A copy with other values for some fields."""

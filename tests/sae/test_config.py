@@ -194,6 +194,18 @@ def test_a_recipe_exists_for_every_width_and_amount_of_data(d_in, n_tokens):
     assert config.num_epochs >= 1
 
 
+def test_the_rest_of_the_recipe_goes_with_the_settings_that_are_given():
+    usual = SAEConfig.recommended(128, 600_000)
+    assert (usual.num_epochs, usual.batch_size, usual.learning_rate) == (5, 1024, 6e-3)
+    # A quarter of the tokens: smaller batches, and a rate that falls with the root of their size.
+    fewer = SAEConfig.recommended(128, 600_000, num_epochs=1, k=9)
+    assert (fewer.batch_size, fewer.learning_rate, fewer.k) == (256, 3e-3, 9)
+    # And with the root of the number of features.
+    wider = SAEConfig.recommended(128, 600_000, expansion_factor=64)
+    assert wider == usual.replace(expansion_factor=64, learning_rate=3e-3)
+    assert SAEConfig.recommended(128, 600_000, learning_rate=1.0).learning_rate == 1.0
+
+
 def test_the_other_spelling_of_normalisation_may_be_replaced_too():
     assert not SAEConfig().replace(normalize_input=False).normalize_activations
     assert (
