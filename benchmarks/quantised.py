@@ -11,12 +11,14 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
-import mlx.nn as nn
+# Before MLX, which then finds the OpenBLAS that this one loads.
+from mlxterp import InterpretableModel  # isort: skip
+from mlx import nn
 
-from mlxterp import InterpretableModel
-from mlxterp.sae import SAE, ActivationDataset, SAEConfig, SAETrainer
+from mlxterp.sae import ActivationDataset, SAEConfig, SAETrainer
 from mlxterp.sae.evals import fidelity, loss_recovered
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -60,6 +62,10 @@ def distance(moved: ActivationDataset, full: ActivationDataset) -> float:
     return error / variance
 
 
+def columns(words: Iterable[str], width: int = 10) -> str:
+    return "  ".join(f"{word:>{width}s}" for word in words)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=200_000)
@@ -68,30 +74,32 @@ def main() -> None:
     models = {name: quantised(bits) for name, bits in BITS.items()}
     data = {name: harvested(model, arguments.tokens) for name, model in models.items()}
     training, full = data["full"]
-    config = SAEConfig.recommended(training.columns.width, len(training)).replace(
-        num_epochs=arguments.passes, expansion_factor=8, k=16, validation_split=0
-    )
+    config = SAEConfig.recommended(
+        training.columns.width, len(training), num_epochs=arguments.passes, expansion_factor=8,
+        k=16, validation_split=0,
+    )  # fmt: skip
     print(
         f"{len(training):,} tokens to train on, {arguments.passes} passes; {len(full):,} held out; "
-        f"{training.columns.names[0]}\n"
-        f"                moved      held-out FVU on activations of                 "
-        f"training     loss: clean, spliced,\n"
-        f"SAE of      from full  {'  '.join(f'{name:>9s}' for name in models)}     L0    dead  "
-        f"  seconds     recovered"
+        f"{training.columns.names[0]}, {config.n_features(training.columns.width):,} features\n"
+        f"{'':8s} {'moved':>10s}  {'held-out FVU on the activations of':^34s} {'':14s} "
+        f"{'loss of the model in nats':^34s}\n"
+        f"{'SAE of':8s} {'from full':>10s}  {columns(models)}    {columns(('L0', 'dead'), 5)}  "
+        f"{columns(('clean', 'spliced', 'recovered'))}  seconds"
     )
-    saes: dict[str, SAE] = {}
     for name, (training, held_out) in data.items():
         moved = distance(held_out, full)
         started = time.perf_counter()
-        saes[name] = sae = SAETrainer(config).fit(training)
+        sae = SAETrainer(config).fit(training)
         seconds = time.perf_counter() - started
         found = {other: fidelity(sae, data[other][1]) for other in models}
         loss = loss_recovered(sae, held_out, LOSS_TOKENS)
-        fvus = "  ".join(f"{one.fvu:9.4f}" for one in found.values())
-        dead = sae.statistics.training[-1]["dead"]
+        l0 = f"{found[name].l0:.1f}"
+        dead = f"{100 * sae.statistics.training[-1]['dead']:.1f}%"
+        recovered = "" if loss.recovered is None else f"{100 * loss.recovered:.1f}%"
+        losses = f"{loss.clean:.3f}", f"{loss.spliced:.3f}", recovered
         print(
-            f"{name:8s}  {moved:11.6f}  {fvus}  {found[name].l0:5.1f}  {100 * dead:5.1f}%  "
-            f"{seconds:9.1f}     {loss}",
+            f"{name:8s} {moved:10.6f}  {columns(f'{one.fvu:.4f}' for one in found.values())}    "
+            f"{columns((l0, dead), 5)}  {columns(losses)}  {seconds:7.1f}",
             flush=True,
         )
 

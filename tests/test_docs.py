@@ -6,7 +6,11 @@ from pathlib import Path
 
 import pytest
 
+import mlxterp
+import mlxterp.sae
+
 ROOT = Path(__file__).parents[1]
+API = ROOT / "docs" / "api.md"
 NOT_RUN = "<!-- not run: needs the network -->"
 EXACT = "<!-- exact -->"
 HUB_NAME = re.compile(r"""["'][\w-]+/[\w.-]+["']""")
@@ -76,6 +80,13 @@ def test_only_blocks_that_need_the_network_are_left_out(page):
     for block in left_out:
         assert block.language == "python"
         assert HUB_NAME.search(block.text), f"{page}:{block.line} names no model on the Hub"
+
+
+@pytest.mark.parametrize("package", [mlxterp, mlxterp.sae], ids=lambda package: package.__name__)
+def test_the_api_page_has_every_public_name(package):
+    page = API.read_text(encoding="utf-8")
+    shown = re.findall(r"^(?:::: [\w.]+\.| +- )(\w+)$", page, flags=re.MULTILINE)
+    assert set(package.__all__) <= set(shown)
 
 
 def test_there_are_pages_with_blocks():

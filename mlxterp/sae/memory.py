@@ -9,17 +9,23 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from mlxterp.sae.kernels import GATHERED_BYTES
+
 GIB = 1 << 30
 MEMINFO = Path("/proc/meminfo")
 VALIDATION_TOKENS = 4096
 
+FITTED_TOKENS = 4096
+
 # Arrays of one kind that are alive at the peak of a step, from measurements: MLX computes ahead,
 # and frees an array only when the last operation that reads it has run.
-UPDATED, UPDATED_ON_GPU = 7.5, 3.0  # largest matrices, in projection, norm and Adam's update
-DENSE, DENSE_ON_GPU, DENSE_ALL = 1.5, 4.0, 6.0  # arrays [batch, n_features]
-GATHERED = 2.2  # rows of each active (token, feature) pair
-VALIDATED, VALIDATED_ALL = 4.0, 3.0  # arrays [batch, n_features] on held-out data
-BATCHES = 10.0  # arrays [batch, d]
+UPDATED, UPDATED_ON_GPU = 2.5, 3.0  # largest matrices, in the gradient and in Adam's update
+DENSE, DENSE_ON_GPU = 2.3, 4.0  # arrays [batch, n_features]
+DENSE_ALL = {"relu": 6.5, "jumprelu": 11.0, "gated": 13.5}  # those of codes that are not selected
+GATHERED, BLOCKS = 1.1, 13  # rows of each active (token, feature) pair; blocks of them at once
+STARTED = 1.9  # arrays [sample, n_features] when initial values are found
+VALIDATED, VALIDATED_ALL = 3.5, 3.0  # arrays [batch, n_features] on held-out data
+BATCHES = 4.0  # arrays [batch, d]
 
 
 @dataclass(frozen=True)
@@ -44,8 +50,10 @@ class MemoryEstimate:
     """Rows of the decoder for the active (token, feature) pairs of a batch; not on GPUs."""
     batch: int
     """Activations of a batch, and what is made of them."""
+    start: int
+    """What finding the initial values takes beyond what a step does."""
     validation: int
-    """What measuring on held-out data takes beyond what a step does."""
+    """What measuring on held-out data takes beyond both."""
     trained_coder: int
     dataset: int
     batch_size: int
@@ -79,18 +87,22 @@ def estimate(
     n_features: int,
     batch_size: int,
     k: int | None,
+    activation_function: str = "jumprelu",
     tied: bool = False,
     precision: str = "float32",
     dataset_bytes: int = 0,
+    training_tokens: int = FITTED_TOKENS,
     validation_tokens: int = VALIDATION_TOKENS,
     on_gpu: bool | None = None,
 ) -> MemoryEstimate:
     """What a run takes at its peak, from its sizes.
 
     `k` is the number of active features, `None` for activation functions that do not select, whose
-    code and gradients are dense. `dataset_bytes` are those of the data that are not in memory yet
-    but will be, `validation_tokens` those held out. The numbers of arrays alive at once are
-    measured on the CPU, and right within a quarter; those of a GPU are counted from the formulas.
+    code and gradients are dense; `activation_function` says which of those. `dataset_bytes` are
+    those of the data that are not in memory yet but will be, `training_tokens` and
+    `validation_tokens` those to train on and held out. The numbers of arrays alive at once are
+    measured on the CPU, and mostly right within a quarter; those of a GPU are counted from the
+    formulas.
     """
     on_gpu = mx.default_device() != mx.Device(mx.cpu) if on_gpu is None else on_gpu
     matrices = [d_out * n_features] if tied else [d_in * n_features, d_out * n_features]
@@ -99,19 +111,31 @@ def estimate(
     item = 2 if precision == "bfloat16" else 4
     code = item * batch_size * n_features
     width = max(d_in, d_out)
+    dense = DENSE_ALL.get(activation_function, DENSE_ALL["jumprelu"])
+
+    def gathered(n_tokens: int) -> float:
+        if k is None or on_gpu:
+            return 0.0
+        return min(item * GATHERED * n_tokens * k * width, BLOCKS * GATHERED_BYTES)
+
     step = {
         "gradients": parameters,
         "parameter_update": 4 * (UPDATED_ON_GPU if on_gpu else UPDATED) * max(matrices),
-        "code": code * (DENSE_ALL if k is None else DENSE_ON_GPU if on_gpu else DENSE),
-        "gathered_rows": 0 if k is None or on_gpu else item * GATHERED * batch_size * k * width,
+        "code": code * (dense if k is None else DENSE_ON_GPU if on_gpu else DENSE),
+        "gathered_rows": gathered(batch_size),
         "batch": 4 * BATCHES * batch_size * width,
     }
+    # None of the three is there at the same time as another; the moments come with the first step.
+    stepping = sum(step.values())
+    n_fitted = min(training_tokens, FITTED_TOKENS)
+    starting = 4 * STARTED * n_fitted * n_features + gathered(n_fitted) - 2 * parameters
     validated = VALIDATED_ALL if k is None else VALIDATED
     validation = 4 * validated * min(validation_tokens, VALIDATION_TOKENS) * n_features
     return MemoryEstimate(
         parameters=parameters,
         optimizer_state=2 * parameters,
-        validation=max(0, round(validation - sum(step.values()))),
+        start=max(0, round(starting - stepping)),
+        validation=max(0, round(validation - max(starting, stepping))),
         trained_coder=folded,
         dataset=dataset_bytes,
         batch_size=batch_size,

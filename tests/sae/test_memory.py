@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from mlxterp.sae import SAEConfig, SAETrainer, memory
-from mlxterp.sae.memory import DeviceMemory, check, device_memory, estimate
+from mlxterp.sae.kernels import GATHERED_BYTES
+from mlxterp.sae.memory import DeviceMemory, check, device_memory, estimate, together
 
 GIB = 1 << 30
 SIZES = {"d_in": 512, "d_out": 512, "n_features": 8192, "batch_size": 1024, "k": 32}
@@ -57,9 +58,44 @@ def test_dense_codes_gpus_and_half_precision_differ():
 
 
 def test_validation_counts_for_what_it_takes_beyond_a_step():
-    small = estimate(**{**SIZES, "batch_size": 16}, on_gpu=False)
-    assert small.validation > 0 == estimate(**{**SIZES, "batch_size": 8192}).validation
-    assert estimate(**{**SIZES, "batch_size": 16}, validation_tokens=0).validation == 0
+    small = {**SIZES, "batch_size": 16, "k": 8, "on_gpu": False}
+    large = estimate(**{**small, "batch_size": 8192})
+    assert estimate(**small).validation > 0 == large.validation
+    assert estimate(**small, validation_tokens=0).validation == 0
+
+
+def test_gathered_rows_are_bounded_by_what_is_gathered_at_once():
+    most = memory.BLOCKS * GATHERED_BYTES
+    assert ON_CPU.gathered_rows < most
+    for k in (1000, 2000):
+        assert estimate(**{**SIZES, "k": k}, on_gpu=False).gathered_rows == most
+
+
+def test_the_start_counts_for_what_it_takes_beyond_a_step():
+    narrow = {"d_in": 64, "d_out": 64, "n_features": 16384, "k": 16, "on_gpu": False}
+    small, large = (estimate(**narrow, batch_size=n, validation_tokens=0) for n in (256, 8192))
+    assert small.start > 4096 * 16384 * 4 > large.start == 0
+    assert estimate(**narrow, batch_size=256, training_tokens=500).start < small.start / 4
+
+
+def test_every_penalised_function_has_its_own_number_of_dense_arrays():
+    dense = {**SIZES, "k": None, "on_gpu": False}
+    relu, jumprelu, gated = (
+        estimate(**dense, activation_function=name) for name in ("relu", "jumprelu", "gated")
+    )
+    assert relu.code < jumprelu.code < gated.code
+    assert estimate(**dense).code == jumprelu.code
+
+
+def test_coders_that_take_turns_share_all_but_what_they_keep():
+    narrow = estimate(**SIZES, on_gpu=False)
+    wide = estimate(**{**SIZES, "n_features": 16384}, on_gpu=False, dataset_bytes=GIB)
+    both = together([narrow, wide, narrow])
+    for name in ("parameters", "optimizer_state", "trained_coder"):
+        assert getattr(both, name) == 2 * getattr(narrow, name) + getattr(wide, name)
+    for name in ("gradients", "parameter_update", "code", "gathered_rows", "batch", "dataset"):
+        assert getattr(both, name) == getattr(wide, name)
+    assert together([narrow]) == narrow
 
 
 def test_what_fits_is_not_mentioned():
@@ -75,10 +111,10 @@ def test_what_hardly_fits_is_warned_of_with_what_to_change():
         check(found, DeviceMemory(16 * GIB, 3 * GIB))
     message = str(warned[0].message)
     assert f"needs about {found.total / GIB:.1f} GiB; 3.0 GiB of 16.0 GiB are free" in message
-    assert "Largest: dataset 3.0 GiB, gathered rows 2.2 GiB, " in message
+    assert "Largest: dataset 3.0 GiB, gathered rows 832 MiB, code 589 MiB. " in message
     assert "Lower batch_size (now 4096), expansion_factor (16), or buffer_bytes" in message
     with pytest.warns(UserWarning) as warned:
-        check(replace(found, dataset=0), DeviceMemory(16 * GIB, 3 * GIB))
+        check(replace(found, dataset=0), DeviceMemory(16 * GIB, GIB))
     assert str(warned[0].message).endswith("Lower batch_size (now 4096) or expansion_factor (16).")
 
 
@@ -139,6 +175,7 @@ def test_a_real_run_takes_about_what_was_estimated():
         batch_size=1024,
         k=16,
         dataset_bytes=2 * x.nbytes,
+        training_tokens=2048,
         validation_tokens=2048,
     )
     assert 0.6 < found.total / (mx.get_peak_memory() - before) < 1.5
