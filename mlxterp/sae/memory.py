@@ -14,7 +14,6 @@ from mlxterp.sae.kernels import GATHERED_BYTES
 GIB = 1 << 30
 MEMINFO = Path("/proc/meminfo")
 VALIDATION_TOKENS = 4096
-
 FITTED_TOKENS = 4096
 
 # Arrays of one kind that are alive at the peak of a step, from measurements: MLX computes ahead,
