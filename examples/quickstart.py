@@ -68,7 +68,7 @@ def main() -> None:
         print(f"\n{sae.visualize_feature(feature_id, top_k=5)}")
 
     feature_id, value = sae.analyze_text("if x is None:\n    raise").by_token[-1][0]
-    edit = sae.steering_edit(feature_id, strength=1.5 * value)
+    edit = sae.steering_edit(feature_id, strength=value)
     prompt = "    if x is None:\n       "
     print(f"\nAfter {prompt!r}, plain and steered with feature {feature_id}, the one for ' raise':")
     print(f"  plain:   {model.generate(prompt, max_tokens=12).text!r}")

@@ -87,6 +87,7 @@ class Run:
         self.normalisation = Normalisation.measure(sample, columns, config.normalize_activations)
         params = initial_params(coder, self.normalisation, columns, config, sample)
         self.state = division.shard(initial_state(params, coder, config))
+        mx.eval(self.state)
         self.builder = StepBuilder(
             coder, columns, self.normalisation, config, plan.n_steps, division
         )

@@ -122,7 +122,11 @@ class SAETrainer:
         training, held_out = _divide(dataset, next(iter(configs.values())))
         saes = {}
         for name, config in configs.items():
-            columns = dataset.columns if sites is None else dataset.columns.only(sites[name])
+            columns = dataset.columns
+            if sites is not None:
+                known = dataset.source
+                site = sites[name] if known is None else str(find_site(known, sites[name]))
+                columns = columns.only(site)
             saes[name] = _untrained(columns, config)
         results = train_together(
             {name: (sae, configs[name]) for name, sae in saes.items()},

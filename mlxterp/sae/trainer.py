@@ -198,6 +198,8 @@ def check_memory(
             n_features=coder.n_features,
             batch_size=min(config.batch_size, len(dataset)),
             k=coder.k,
+            activation_function=config.activation_function,
+            training_tokens=len(dataset),
             tied=config.tied_weights,
             precision=config.precision,
             dataset_bytes=sum(part.bytes_to_come for part in data),

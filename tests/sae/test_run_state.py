@@ -4,8 +4,8 @@ import pytest
 from mlxterp.sae.run_state import last_checkpoint, read_checkpoint, save_checkpoint
 
 RUN = {
-    "step": 5, "n_steps": 10, "n_dead": 0, "ended": False, "seconds": 1.0, "random_state": {}, "config": {},
-    "training": [], "validation": [],
+    "step": 5, "n_steps": 10, "n_dead": 0, "ended": False, "seconds": 1.0, "random_state": {},
+    "config": {}, "training": [], "validation": [],
 }  # fmt: skip
 ARRAYS = {"params.W_dec": mx.ones((2, 3)), "t": mx.array(5.0)}
 SHAPES = {name: tuple(array.shape) for name, array in ARRAYS.items()}
