@@ -97,7 +97,7 @@ def initial_params(
     x, y = (columns.take(data, s.names) for s in (coder.reads, coder.writes))
     W_enc = _transposed(W_dec, coder, config)
     params = {"W_dec": W_dec, "b_dec": mx.array(b_out), "b_enc": -(W_enc @ b_in)}
-    threshold = _exceeded_by((x - b_in) @ W_enc.T, config.wanted_l0)
+    threshold = _exceeded_by((x[:QUANTILE_TOKENS] - b_in) @ W_enc.T, config.wanted_l0)
     scale = mx.array(1.0)
     if config.scale_init and not config.tied_weights:
         own = coder.activation_function.trained(threshold)
@@ -114,8 +114,8 @@ def initial_params(
 def _exceeded_by(pre: mx.array, wanted_l0: float) -> mx.array:
     """The value that `wanted_l0` of the entries of a row of `[n_tokens, n_features]` exceed on
     average; above 0."""
-    entries = np.array(pre[:QUANTILE_TOKENS]).reshape(-1)
-    n = min(round(wanted_l0 * min(QUANTILE_TOKENS, len(pre))), len(entries) - 1)
+    entries = np.array(pre).reshape(-1)
+    n = min(round(wanted_l0 * len(pre)), len(entries) - 1)
     return mx.array(max(float(np.partition(entries, len(entries) - 1 - n)[-1 - n]), 1e-3))
 
 
