@@ -199,20 +199,13 @@ def row_sums(
     return _joined(parts, axis=-1)
 
 
-def pre_activations_at(
-    pre: mx.array, pairs: Pairs, x: mx.array, W_enc: mx.array, b_enc: mx.array
-) -> mx.array:
-    """The pre-activations `[n_pairs]` at the pairs, with gradients for `W_enc` and `b_enc`.
-
-    `pre` `[batch, n_features]` must be `x @ W_enc.T + b_enc` and is treated as a constant.
-    """
-    return with_gradients(pairs.at(mx.stop_gradient(pre)), pairs, x, W_enc, b_enc)
-
-
 def with_gradients(
     raw: mx.array, pairs: Pairs, x: mx.array, W_enc: mx.array, b_enc: mx.array
 ) -> mx.array:
-    """`pre_activations_at` where they are known, as `raw` `[n_pairs]`."""
+    """The pre-activations `raw` `[n_pairs]` at the pairs, with gradients for `W_enc` and `b_enc`.
+
+    `raw` must be entries of `x @ W_enc.T + b_enc`, and is treated as a constant.
+    """
 
     @_custom_function
     def look_up(W_enc: mx.array, b_enc: mx.array) -> mx.array:

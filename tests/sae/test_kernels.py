@@ -7,12 +7,12 @@ from mlxterp.sae.kernels import (
     Pairs,
     decode_groups,
     decode_pairs,
-    pre_activations_at,
     row_sums,
     scatter_code,
     select_from_batch,
     select_per_token,
     top_k,
+    with_gradients,
 )
 
 SHAPES = [
@@ -302,3 +302,7 @@ def test_gradients_of_one_token_and_one_feature_are_right(form):
     # pre = 6 - 1 + 0.5 = 5.5; sum of 5.5 * (2, 1) = 16.5; d/dW = (2 + 1) * x + 5.5.
     assert result.item() == 16.5
     assert W.tolist() == [[14.5, 2.5]] and b.tolist() == [3.0]
+
+
+def pre_activations_at(pre, pairs, x, W_enc, b_enc):
+    return with_gradients(pairs.at(mx.stop_gradient(pre)), pairs, x, W_enc, b_enc)
