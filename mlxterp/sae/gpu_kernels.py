@@ -187,6 +187,8 @@ def row_squares(g: mx.array, unit: mx.array | None = None) -> mx.array:
     return _run("squares", inputs, [(n_rows,)], -(-n_rows // WARPS), 32 * WARPS, **template)[0]
 
 
+# Compiled, because to assemble a kernel's source at each call takes longer than to run it.
+@mx.compile
 def adam(p, m, v, g, rate, root, factor, good: Any = True) -> tuple[mx.array, mx.array, mx.array]:
     """Adam's new `(p, m, v)` for the gradient `factor * g`; the old ones where not `good`.
 
@@ -202,6 +204,7 @@ def adam(p, m, v, g, rate, root, factor, good: Any = True) -> tuple[mx.array, mx
     return p_new, m_new, v_new
 
 
+@mx.compile
 def adam_unit_rows(
     p, m, v, g, rate, root, factor, good: Any = True
 ) -> tuple[mx.array, mx.array, mx.array]:

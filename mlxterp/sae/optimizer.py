@@ -77,29 +77,23 @@ def project(gradients: Arrays, params: Arrays) -> Arrays:
     return {**gradients, "W_dec": _without_part_along(g, row_dots(g, W), W)}
 
 
-def update(
-    params: Arrays,
-    moments: dict[str, Any],
-    gradients: Arrays,
-    rate: mx.array,
-    clip: float,
-    unit_norm: bool,
-    division: Undivided = UNDIVIDED,
-) -> tuple[Arrays, dict[str, Any], mx.array]:
-    """`adam` with the gradient projected, if rows are held at norm 1, and its norm taken."""
-    if gpu_kernels.available():
-        squares = {
-            name: gpu_kernels.row_squares(
-                g.reshape(-1, g.shape[-1]), params[name] if unit_norm and name == "W_dec" else None
-            ).sum()
-            for name, g in gradients.items()
-        }
-        norm = mx.sqrt(division.summed_squares(squares))
-        return adam(params, moments, gradients, norm, rate, clip, unit_norm, kernels=True)
-    if unit_norm:
-        gradients = project(gradients, params)
-    norm = gradient_norm(gradients, division)
-    return adam(params, moments, gradients, norm, rate, clip, unit_norm)
+def with_norm(
+    gradients: Arrays, params: Arrays, unit_norm: bool, division: Undivided = UNDIVIDED
+) -> tuple[Arrays, mx.array]:
+    """The gradients to give to `adam`, and the norm of their projected form if rows are held at 1.
+
+    The kernels project them in `adam`, so that no projected ones have to be kept.
+    """
+    if not gpu_kernels.available():
+        gradients = project(gradients, params) if unit_norm else gradients
+        return gradients, gradient_norm(gradients, division)
+    squares = {
+        name: gpu_kernels.row_squares(
+            g.reshape(-1, g.shape[-1]), params[name] if unit_norm and name == "W_dec" else None
+        ).sum()
+        for name, g in gradients.items()
+    }
+    return gradients, mx.sqrt(division.summed_squares(squares))
 
 
 def adam(
@@ -111,39 +105,44 @@ def adam(
     clip: float,
     unit_norm: bool,
     *,
-    kernels: bool = False,
     lean: bool = False,
-) -> tuple[Arrays, dict[str, Any], mx.array]:
-    """New parameters and moments, and whether `norm`, that of the gradient, was finite.
+) -> tuple[Arrays, dict[str, Any]]:
+    """New parameters and moments; the old ones where `norm`, that of the gradient, is not finite.
 
-    The gradient is scaled down to the norm `clip`, unless that is 0. With `kernels` it is done by
-    `gpu_kernels`, which also project the gradient. With `lean` the norm is known to be finite, the
-    arrays are taken out of the dicts, and each is computed before the next one is begun, so that
+    The gradient and its norm come from `with_norm`; it is scaled down to the norm `clip`, unless
+    that is 0. With `lean` the norm is known to be finite, unless the kernels are used; the arrays
+    are taken out of the dicts, and a matrix is begun when those before it are computed, so that
     old ones are freed on the way.
     """
-    good = mx.isfinite(norm)
-    factor = mx.minimum(clip / (norm + 1e-12), 1.0) if clip else mx.array(1.0)
-    t = moments["t"] + 1
-    rate = rate / (1 - mx.power(BETA_1, t))
-    root = mx.rsqrt(1 - mx.power(BETA_2, t))
+    good, t, rate, root, factor = _factors(norm, moments["t"], rate, clip)
     new: dict[str, Arrays] = {"params": {}, "m": {}, "v": {}}
     for name in list(params):
-        old = params[name], moments["m"][name], moments["v"][name]
+        if lean and params[name].ndim > 1:
+            mx.eval(new)
+        old = params[name], moments["m"][name], moments["v"][name], gradients[name]
         unit = unit_norm and name == "W_dec"
-        if kernels:
+        if gpu_kernels.available():
             move = gpu_kernels.adam_unit_rows if unit else gpu_kernels.adam
-            arrays = move(*old, gradients[name], rate, root, factor, good)
+            arrays = move(*old, rate, root, factor, good)
         else:
-            arrays = _moved_by(*old, gradients[name], rate, root, factor, unit)
-            if lean:
-                del old, params[name], moments["m"][name], moments["v"][name], gradients[name]
-                mx.eval(arrays)
-            else:
-                arrays = tuple(mx.where(good, a, b) for a, b in zip(arrays, old, strict=True))
+            arrays = _moved_by(*old, rate, root, factor, unit)
+            if not lean:
+                arrays = tuple(mx.where(good, a, b) for a, b in zip(arrays, old[:3], strict=True))
+        if lean:
+            del old, params[name], moments["m"][name], moments["v"][name], gradients[name]
         for part, array in zip(new, arrays, strict=True):
             new[part][name] = array
-    moments = {"m": new["m"], "v": new["v"], "t": mx.where(good, t, moments["t"])}
-    return new["params"], moments, good
+    return new["params"], {"m": new["m"], "v": new["v"], "t": t}
+
+
+@mx.compile
+def _factors(norm: mx.array, t: mx.array, rate: mx.array, clip: float) -> tuple[mx.array, ...]:
+    """Whether the norm is finite, the steps made, the rate, what scales roots and gradients."""
+    good = mx.isfinite(norm)
+    t = t + 1
+    factor = mx.minimum(clip / (norm + 1e-12), 1.0) if clip else mx.array(1.0)
+    root = mx.rsqrt(1 - mx.power(BETA_2, t))
+    return good, mx.where(good, t, t - 1), rate / (1 - mx.power(BETA_1, t)), root, factor
 
 
 def _moved_by(

@@ -188,19 +188,15 @@ class Run:
         k = active_features(self.step, self.plan.n_steps, self.coder.d_in, n, self.config)
         n_revived = rows_to_revive(self.n_dead, n) if self.config.auxiliary_coefficient else 0
         if (k, n_revived) not in self.steps:
-            if self._is_lean:
-                self.steps[k, n_revived] = self.builder.make_lean(k, n_revived)
-            else:
-                self.steps[k, n_revived] = mx.compile(self.builder.make(k, n_revived))
+            step = self.builder.make(k, n_revived, lean=self._is_lean)
+            self.steps[k, n_revived] = step if self._is_lean else mx.compile(step)
         return self.steps[k, n_revived]
 
     @property
     def _is_lean(self) -> bool:
-        # On the CPU MLX compiles for half a minute and hardly gains anything; on a Mac a large step
-        # compiled as a whole would hold every array twice.
-        if mx.default_device() == mx.Device(mx.cpu):
-            return True
-        return mx.metal.is_available() and self.coder.W_dec.size >= LARGE
+        # On the CPU MLX compiles for half a minute and hardly gains anything; on a GPU a large step
+        # compiled as a whole holds every array twice.
+        return mx.default_device() == mx.Device(mx.cpu) or self.coder.W_dec.size >= LARGE
 
     def _count_dead(self) -> int:
         n = dead_features(self.state, self.config.dead_neuron_threshold).sum()

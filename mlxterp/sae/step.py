@@ -9,6 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlxterp.sae import gpu_kernels
 from mlxterp.sae.activation_functions import TopK
 from mlxterp.sae.coder import Columns, SparseCoder
 from mlxterp.sae.config import SAEConfig
@@ -16,7 +17,7 @@ from mlxterp.sae.dead_features import dead_features, initial_counts
 from mlxterp.sae.initialization import Normalisation
 from mlxterp.sae.losses import squared_error
 from mlxterp.sae.objective import Objective
-from mlxterp.sae.optimizer import adam, gradient_norm, initial_moments, project, update
+from mlxterp.sae.optimizer import Arrays, adam, initial_moments, with_norm
 from mlxterp.sae.parallel import UNDIVIDED, Undivided
 
 State = dict[str, Any]
@@ -103,53 +104,37 @@ class StepBuilder:
         reads, writes = self.coder.reads.names, self.coder.writes.names
         return self.columns.take(data, reads), self.columns.take(data, writes)
 
-    def make(self, k: int, n_revived: int) -> Step:
-        """The step as one function without side effects, to be compiled or not."""
-        differentiate, config = self._differentiate(k, n_revived), self.config
+    def make(self, k: int, n_revived: int, lean: bool = False) -> Step:
+        """The step as one function without side effects, to be compiled or not.
 
-        def step(state: State, batch: mx.array, rate: mx.array, share: mx.array) -> State:
-            found, gradients = differentiate(state, batch, share)
-            params, moments, good = update(
-                state["params"], state, gradients, rate, config.gradient_clip,
-                config.decoder_unit_norm, self.division,
-            )  # fmt: skip
-            changed = _where(good, self._counted(state, found, len(batch)), state)
-            return {**state, "params": params, **moments, **changed, **_skips(state, good)}
-
-        return step
-
-    def make_lean(self, k: int, n_revived: int) -> Step:
-        """The same step in several evaluations, which needs less memory.
-
-        It takes the arrays out of the state that it is given.
+        With `lean` it is done in several evaluations, which needs less memory, and takes arrays out
+        of the state that it is given.
         """
-        differentiate, config = self._differentiate(k, n_revived), self.config
-        if mx.default_device() != mx.Device(mx.cpu):
-            differentiate = mx.compile(differentiate)
+        differentiate, count = self._differentiate(k, n_revived), self._count
+        if lean and mx.default_device() != mx.Device(mx.cpu):
+            differentiate, count = mx.compile(differentiate), mx.compile(count)
+        # Only the kernels of GPUs leave everything as it is where the norm is not finite.
+        waits = lean and not gpu_kernels.available()
 
         def step(state: State, batch: mx.array, rate: mx.array, share: mx.array) -> State:
-            found, gradients = differentiate(state, batch, share)
-            mx.eval(found, gradients)
-            if config.decoder_unit_norm:
-                gradients = project(gradients, state["params"])
-            norm = gradient_norm(gradients, self.division)
-            mx.eval(gradients, norm)
-            good = mx.isfinite(norm)
-            if not good.item():
-                return {**state, **_skips(state, good)}
-            changed = self._counted(state, found, len(batch))
-            params, moments, _ = adam(
-                state["params"], state, gradients, norm, rate, config.gradient_clip,
-                config.decoder_unit_norm, lean=True,
+            found, gradients, norm = differentiate(state, batch, share)
+            if waits:
+                mx.eval(found, gradients, norm)
+                if not mx.isfinite(norm).item():
+                    return {**state, **_skips(state, mx.array(False))}
+            counted = count(state, found, norm, float(len(batch)))
+            params, moments = adam(
+                state["params"], state, gradients, norm, rate,
+                self.config.gradient_clip, self.config.decoder_unit_norm, lean=lean,
             )  # fmt: skip
-            return {**state, "params": params, **moments, **changed, **_skips(state, good)}
+            return {**state, "params": params, **moments, **counted}
 
         return step
 
     def _differentiate(
         self, k: int, n_revived: int
-    ) -> Callable[[State, mx.array, mx.array], tuple[dict[str, mx.array], dict[str, mx.array]]]:
-        """The function `(state, batch, share) -> (what was found, gradients)`."""
+    ) -> Callable[[State, mx.array, mx.array], tuple[Arrays, Arrays, mx.array]]:
+        """The function `(state, batch, share) -> (what was found, gradients, their norm)`."""
         objective = Objective(self.coder, self.config, k, n_revived, self.division)
         origin = self.columns.take(self.normalisation.origin, self.coder.writes.names)
 
@@ -160,11 +145,19 @@ class StepBuilder:
             (loss, found), gradients = mx.value_and_grad(objective)(
                 state["params"], x, y, dead, coefficient
             )
-            return {**found, "loss": loss, "energy": squared_error(y, origin)}, gradients
+            found = {**found, "loss": loss, "energy": squared_error(y, origin)}
+            unit_norm = self.config.decoder_unit_norm
+            return found, *with_norm(gradients, state["params"], unit_norm, self.division)
 
         return differentiate
 
-    def _counted(self, state: State, found: dict[str, mx.array], n_tokens: int) -> State:
+    def _count(self, state: State, found: Arrays, norm: mx.array, n_tokens: float) -> State:
+        """What a step changes but for parameters and moments: nothing if `norm` is not finite."""
+        good = mx.isfinite(norm)
+        changed = _where(good, self._counted(state, found, n_tokens), state)
+        return {**changed, **_skips(state, good)}
+
+    def _counted(self, state: State, found: Arrays, n_tokens: float) -> State:
         """What a step adds to counts, sums and averages, and how it steers."""
         read = {**found, "n": mx.array(1.0)}
         function = self.coder.activation_function
@@ -173,7 +166,7 @@ class StepBuilder:
             averaged = {"averaged": function.average(state["averaged"], found["values"])}
         return {
             "fired": state["fired"] + found["firings"],
-            "counted": state["counted"] + float(n_tokens),
+            "counted": state["counted"] + n_tokens,
             "sums": {name: total + read[name] for name, total in state["sums"].items()},
             **averaged,
             **_steer(state, found["l0"], self.n_steps, self.config),
