@@ -118,7 +118,7 @@ def adam(
     new: dict[str, Arrays] = {"params": {}, "m": {}, "v": {}}
     for name in list(params):
         if lean and params[name].ndim > 1:
-            mx.eval(new)
+            mx.eval(new)  # so that what it replaces is free
         old = params[name], moments["m"][name], moments["v"][name], gradients[name]
         unit = unit_norm and name == "W_dec"
         if gpu_kernels.available():

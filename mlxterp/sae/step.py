@@ -110,16 +110,21 @@ class StepBuilder:
         With `lean` it is done in several evaluations, which needs less memory, and takes arrays out
         of the state that it is given.
         """
-        differentiate, count = self._differentiate(k, n_revived), self._count
+        differentiate, take_norm = self._differentiate(k, n_revived), self._with_norm
+        count = self._count
         if lean and mx.default_device() != mx.Device(mx.cpu):
-            differentiate, count = mx.compile(differentiate), mx.compile(count)
+            differentiate, take_norm = mx.compile(differentiate), mx.compile(take_norm)
+            count = mx.compile(count)
         # Only the kernels of GPUs leave everything as it is where the norm is not finite.
         waits = lean and not gpu_kernels.available()
 
         def step(state: State, batch: mx.array, rate: mx.array, share: mx.array) -> State:
-            found, gradients, norm = differentiate(state, batch, share)
+            found, gradients = differentiate(state, batch, share)
             if waits:
-                mx.eval(found, gradients, norm)
+                mx.eval(found, gradients)
+            gradients, norm = take_norm(gradients, state["params"])
+            if waits:
+                mx.eval(gradients, norm)
                 if not mx.isfinite(norm).item():
                     return {**state, **_skips(state, mx.array(False))}
             counted = count(state, found, norm, float(len(batch)))
@@ -133,8 +138,8 @@ class StepBuilder:
 
     def _differentiate(
         self, k: int, n_revived: int
-    ) -> Callable[[State, mx.array, mx.array], tuple[Arrays, Arrays, mx.array]]:
-        """The function `(state, batch, share) -> (what was found, gradients, their norm)`."""
+    ) -> Callable[[State, mx.array, mx.array], tuple[Arrays, Arrays]]:
+        """The function `(state, batch, share) -> (what was found, gradients)`."""
         objective = Objective(self.coder, self.config, k, n_revived, self.division)
         origin = self.columns.take(self.normalisation.origin, self.coder.writes.names)
 
@@ -145,11 +150,12 @@ class StepBuilder:
             (loss, found), gradients = mx.value_and_grad(objective)(
                 state["params"], x, y, dead, coefficient
             )
-            found = {**found, "loss": loss, "energy": squared_error(y, origin)}
-            unit_norm = self.config.decoder_unit_norm
-            return found, *with_norm(gradients, state["params"], unit_norm, self.division)
+            return {**found, "loss": loss, "energy": squared_error(y, origin)}, gradients
 
         return differentiate
+
+    def _with_norm(self, gradients: Arrays, params: Arrays) -> tuple[Arrays, mx.array]:
+        return with_norm(gradients, params, self.config.decoder_unit_norm, self.division)
 
     def _count(self, state: State, found: Arrays, norm: mx.array, n_tokens: float) -> State:
         """What a step changes but for parameters and moments: nothing if `norm` is not finite."""
