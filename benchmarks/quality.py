@@ -12,6 +12,7 @@ Needs what `peers.py` does; without it `--part ours` still runs.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -143,10 +144,10 @@ def config_of(name: str, k: float, data: Data, features: int, passes: int) -> SA
 
 
 def train_ours(
-    name: str, k: float, data: Data, arguments: argparse.Namespace, factor: float
+    name: str, k: float, data: Data, arguments: argparse.Namespace, factor: float, seed: int
 ) -> Result:
     config = config_of(name, k, data, arguments.features, arguments.passes)
-    config = config.replace(learning_rate=config.learning_rate * factor)
+    config = config.replace(learning_rate=config.learning_rate * factor, seed=seed)
     # Named after the site, so that the result can be spliced into the model.
     (site,) = data.documents.columns.names
     dataset = ActivationDataset.from_activations(data.training, site=site)
@@ -171,14 +172,14 @@ def train_ours(
 
 def train_peer(
     library: str, architecture: str, asked: float, data: Data, arguments: argparse.Namespace,
-    factor: float, **overrides: Any,
+    factor: float, seed: int, **overrides: Any,
 ) -> Result:  # fmt: skip
     steered = (library, architecture) in peers.STEERED
     started = time.perf_counter()
     trained = peers.train(
         library, architecture, data.training, arguments.features,
         n_tokens=arguments.passes * len(data.training), device=arguments.device,
-        rate_factor=factor, **{"k" if steered else "coefficient": asked}, **overrides,
+        rate_factor=factor, seed=seed, **{"k" if steered else "coefficient": asked}, **overrides,
     )  # fmt: skip
     seconds = time.perf_counter() - started
     found = measured(trained.encode, trained.decode, data, arguments.loss_tokens)
@@ -193,8 +194,8 @@ def runs(arguments: argparse.Namespace, data: Data) -> Iterator[Callable[[], Res
             if not _wanted(arguments, "mlxterp", name):
                 continue
             for k in arguments.k:
-                for factor in arguments.rates or (1.0,):
-                    yield lambda n=name, k=k, f=factor: train_ours(n, k, data, arguments, f)
+                for f, seed in itertools.product(arguments.rates or (1.0,), arguments.seeds):
+                    yield lambda n=name, k=k, f=f, s=seed: train_ours(n, k, data, arguments, f, s)
     if arguments.part == "ours":
         return
     for library, names in peers.LIBRARIES.items():
@@ -206,9 +207,9 @@ def runs(arguments: argparse.Namespace, data: Data) -> Iterator[Callable[[], Res
             for asked in arguments.k if key in peers.STEERED else peers.COEFFICIENTS[key]:
                 for more in variants:
                     usual = OTHER_RATES if more else RATES.get(library, OTHER_RATES)
-                    for factor in arguments.rates or usual:
-                        yield lambda key=key, a=asked, f=factor, m=more: train_peer(
-                            *key, a, data, arguments, f, **m
+                    for f, seed in itertools.product(arguments.rates or usual, arguments.seeds):
+                        yield lambda key=key, a=asked, f=f, m=more, s=seed: train_peer(
+                            *key, a, data, arguments, f, s, **m
                         )
 
 
@@ -238,6 +239,7 @@ def main() -> None:
     parser.add_argument("--features", type=int, default=2048)
     parser.add_argument("--k", type=_numbers, default=[8, 16, 32], metavar="8,16,32")
     parser.add_argument("--rates", type=_numbers, help="factors of every learning rate")
+    parser.add_argument("--seeds", type=_numbers, default=[0], metavar="0,1,2")
     parser.add_argument("--loss-tokens", type=int, default=20_000, help="0: no loss recovered")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch on the CPU")

@@ -292,6 +292,10 @@ class InterpretableModel:
         """The token ids of each text, not padded."""
         return tokenization.encode_batch(self.tokenizer, texts)
 
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """The token ids of a chat, by the tokenizer's chat template."""
+        return tokenization.encode_chat(self.tokenizer, messages)
+
     def decode(self, tokens: Sequence[int] | mx.array) -> str:
         """The text of token ids."""
         return tokenization.decode(self.tokenizer, tokens)

@@ -35,13 +35,14 @@ def pack(
     context_length: int,
     bos_id: int | None = None,
     pad_id: int = 0,
+    separate: bool = False,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Join documents back to back and cut them into rows of `context_length` tokens.
 
     Yields `tokens` and `document`, both int32 `[context_length]`. Every row and every document
     starts with `bos_id` where it is given; `document` is the index of each token's document, and
-    -1 at `bos_id` and in the padding that fills the last row. Raises `ValueError` where a row has
-    no room for a token.
+    -1 at `bos_id` and in the padding that fills the last row. With `separate` every document
+    starts in a row of its own. Raises `ValueError` where a row has no room for a token.
     """
     first = 0 if bos_id is None else 1
     if context_length <= first:
@@ -58,6 +59,8 @@ def pack(
             if row.is_full():
                 yield row.take()
         row.end_document()
+        if separate and row.has_tokens():
+            yield row.take()
     if row.has_tokens():
         yield row.take()
 
@@ -189,6 +192,21 @@ def encode_batch(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
         batch: Any = inner(list(texts), verbose=False)
         return batch["input_ids"]
     return [[int(i) for i in tokenizer.encode(text)] for text in texts]
+
+
+def encode_chat(tokenizer: Any, messages: Sequence[Any]) -> list[int]:
+    """The token ids of a chat, a list of `{"role": ..., "content": ...}`, by its chat template.
+
+    Raises `ValueError` where the tokenizer has none.
+    """
+    if tokenizer is None:
+        raise ValueError(NO_TOKENIZER)
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            "this model's tokenizer has no chat template: give texts in place of messages"
+        )
+    ids = tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=False)
+    return [int(i) for i in ids]
 
 
 def decode(tokenizer: Any, tokens: Any) -> str:

@@ -36,6 +36,9 @@ class FakeSource:
             raise ValueError("the text has no tokens: ''")
         return [[BOS] * self.bos + self._ids(text) for text in texts]
 
+    def encode_chat(self, messages):
+        return self.encode_batch(["".join(message["content"] for message in messages)])[0]
+
     def to_str_tokens(self, input):
         ids = self.encode_batch([input])[0] if isinstance(input, str) else np.array(input).tolist()
         return [chr(ord(" ") + i - FIRST) if i >= FIRST else "<s>" for i in ids]

@@ -19,12 +19,13 @@ sites interventions tokenization hooks probing dataflow architecture loading
 sae.kernels sae.activation_functions sae.files sae.gpu_sources sae.gpu_kernels sae.interrupts
 tracing trace generation analysis
 sae.config sae.coder sae.run_state sae.memory
-sae.parallel
+sae.processes sae.parallel
 sae.losses sae.optimizer
 sae.schedules sae.dead_features sae.objective
 sae.initialization
 sae.step
-sae.harvest sae.dataset
+sae.source sae.documents sae.dataset_info sae.shards sae.shuffle
+sae.corpus sae.harvest sae.curation sae.store sae.caching sae.serving sae.dataset
 sae.callbacks sae.evals sae.analysis sae.steering sae.visualization
 sae.run sae.loggers
 sae.trainer

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from mlxterp.sae.coder import SparseCoder
 from mlxterp.sae.dataset import ActivationDataset
-from mlxterp.sae.harvest import ActivationSource
+from mlxterp.sae.source import ActivationSource
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ class FeatureExamples:
         """The peaks' tokens, in lower case, that are words by themselves."""
         source = self._dataset.source
         assert source is not None
-        tokens = _corpus(self._dataset).rows[0].reshape(-1)
+        tokens = _corpus(self._dataset).tokens.reshape(-1)
         positions = self.positions[feature_id]
         peaks = source.to_str_tokens(tokens[positions].tolist())
         after = source.to_str_tokens(tokens[np.minimum(positions + 1, len(tokens) - 1)].tolist())
@@ -205,11 +205,12 @@ class FeatureExamples:
     def _example(self, feature_id: int, position: int, window: int) -> Example:
         source, columns = self._dataset.source, self._coder.reads
         assert source is not None
-        tokens, documents = _corpus(self._dataset).rows
-        row, column = divmod(position, tokens.shape[1])
-        owner = documents[row, column]
+        corpus = _corpus(self._dataset)
+        row, column = divmod(position, corpus.context)
+        tokens, documents = corpus.tokens, corpus.documents(row)
+        owner = documents[column]
         start, end = max(0, column - window), min(tokens.shape[1], column + window // 2 + 1)
-        shown = [i for i in range(start, end) if documents[row, i] == owner]
+        shown = [i for i in range(start, end) if documents[i] == owner]
         captured = source.run(
             mx.array(tokens[row : row + 1, :end]), capture=columns.names, stop=True
         )
@@ -238,7 +239,7 @@ def collect_examples(
     assert source is not None
     values = mx.zeros((n, coder.n_features))
     positions = mx.zeros((n, coder.n_features), mx.int32)
-    n_contexts = min(len(corpus.rows[0]), -(-max_tokens // corpus.context))
+    n_contexts = min(len(corpus), -(-max_tokens // corpus.context))
     with tqdm(total=n_contexts, desc="examples", disable=not dataset.verbose) as bar:
         for start, tokens, counts in corpus.blocks():
             if start >= n_contexts:

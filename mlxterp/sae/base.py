@@ -14,7 +14,7 @@ from mlxterp.sae import analysis, evals, steering, visualization
 from mlxterp.sae.coder import Columns, SparseCoder
 from mlxterp.sae.dataset import ActivationDataset
 from mlxterp.sae.files import write_directory
-from mlxterp.sae.harvest import ActivationSource, find_site
+from mlxterp.sae.source import ActivationSource, find_site
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
@@ -184,7 +184,7 @@ class BaseSAE(SparseCoder):
         For data that are arrays and not texts the second result is `None`.
         """
         data = self._as_dataset(model, dataset, self._held_out)
-        if data.corpus is None:
+        if data.corpus is None or data.source is None:
             return evals.fidelity(self, data), None
         return evals.fidelity(self, data), evals.loss_recovered(self, data)
 

@@ -221,9 +221,9 @@ class SAEConfig:
         From the sweeps in `benchmarks/RESULTS.md`, measured at width 128: BatchTopK, which
         reconstructs better than TopK at the same L0; the number of passes; a batch size that makes
         about 3,000 steps; a learning rate that falls with the square root of the number of
-        features (as in arXiv 2406.04093) and of small batches; and an auxiliary loss strong enough
-        to revive features in a short run. `settings` take the place of the
-        recipe's, and the rest is chosen to go with them.
+        features (as in arXiv 2406.04093) and of small batches; and an auxiliary loss that is strong
+        enough to revive features in a short run, and begins with those that fire a few times in the
+        window. `settings` take the place of the recipe's, and the rest is chosen to go with them.
         """
         passes = min(20, max(1, round(RECOMMENDED_TRAINING_TOKENS / max(1, n_tokens))))
         chosen = {"num_epochs": passes, "expansion_factor": cls.expansion_factor, **settings}
@@ -237,6 +237,7 @@ class SAEConfig:
             "k": min(max(d_in // 8, min(8, d_in)), 64),
             "learning_rate": float(f"{min(rate, 8e-3):.2g}"),
             "auxiliary_coefficient": 1 / 4,
+            "dead_neuron_threshold": float(f"{min(max(1e-6, 120 / max(1, seen)), 1e-4):.1g}"),
             "resample_dead_every": 0,
             "warmup_steps": min(100, seen // chosen["batch_size"] // 20),
         }

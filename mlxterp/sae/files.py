@@ -122,13 +122,13 @@ class _CheckedFile(io.BufferedWriter):
 
 def _write_files(directory: Path, contents: Contents, checksums: bool) -> None:
     directory.mkdir()
-    found = {name: _write_file(directory / name, content) for name, content in contents.items()}
+    found = {name: write_file(directory / name, content) for name, content in contents.items()}
     if checksums:
-        _write_file(directory / CHECKSUMS_FILE, found)
-    _sync(directory)
+        write_file(directory / CHECKSUMS_FILE, found)
+    sync(directory)
 
 
-def _write_file(path: Path, content: Any) -> int:
+def write_file(path: Path, content: Any) -> int:
     with _CheckedFile(io.FileIO(path, "xb")) as file:
         if path.suffix == ".safetensors":
             # Through a file of our own: where the disk is full, that raises an `OSError`.
@@ -136,11 +136,11 @@ def _write_file(path: Path, content: Any) -> int:
             mx.save_safetensors(writable, dict(content))
         else:
             file.write(_to_json(content))
-    _sync(path)
+    sync(path)
     return file.checksum
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Wait until a file, or the names in a directory, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -163,7 +163,7 @@ def _publish(scratch: Path, path: Path) -> None:
     if path.exists():
         path.rename(scratch / "old")
     (scratch / "new").rename(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def _size(contents: Contents) -> int:

@@ -22,6 +22,7 @@ import mlx.core as mx
 from mlxterp.sae.activation_functions import BatchTopK, TopK
 from mlxterp.sae.coder import SparseCoder
 from mlxterp.sae.kernels import Pairs, decode_pairs, top_k
+from mlxterp.sae.processes import wait_for_all
 
 Parallel = Literal["data", "features"]
 Group = mx.distributed.Group
@@ -328,13 +329,9 @@ def first_before_others(parallel: Parallel | None) -> Iterator[None]:
     """The first process goes through the block, and then the others."""
     first = is_first(parallel)
     if not first:
-        _wait_for_all()
+        wait_for_all()
     try:
         yield
     finally:
         if first and parallel is not None:
-            _wait_for_all()
-
-
-def _wait_for_all() -> None:
-    mx.eval(mx.distributed.all_sum(mx.array(0)))
+            wait_for_all()

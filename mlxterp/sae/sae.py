@@ -12,8 +12,8 @@ from mlxterp.sae.coder import Columns
 from mlxterp.sae.config import SAEConfig
 from mlxterp.sae.dataset import ActivationDataset
 from mlxterp.sae.files import check_replaceable
-from mlxterp.sae.harvest import ActivationSource, find_site
 from mlxterp.sae.parallel import Parallel, is_first
+from mlxterp.sae.source import ActivationSource, find_site
 from mlxterp.sae.trainer import Trainer, TrainingResult, train_together
 from mlxterp.version import __version__
 
@@ -160,7 +160,7 @@ class SAETrainer:
         and the config's name where there are several. Raises `ValueError` as `fit_many` does.
         """
         sites = [str(find_site(model, layer, component)) for layer in layers]
-        data = ActivationDataset.from_texts(model, dataset, sites, verbose=verbose)
+        data = ActivationDataset.of(model, dataset, sites, verbose=verbose)
         width = max(data.columns.widths, default=0)
         if not isinstance(configs, Mapping):
             configs = {"": configs or self.config or SAEConfig.recommended(width, len(data))}
@@ -191,10 +191,7 @@ class SAETrainer:
         first = is_first(self.parallel)
         if save_path is not None:
             check_replaceable(Path(save_path), MARKER)
-        if not isinstance(dataset, ActivationDataset):
-            dataset = ActivationDataset.from_texts(
-                model, dataset, layer, component, verbose=verbose and first
-            )
+        dataset = ActivationDataset.of(model, dataset, layer, component, verbose and first)
         if dataset.source not in (None, model):
             raise ValueError("dataset was made with another model than the one given.")
         site = str(find_site(model, layer, component))
@@ -259,7 +256,7 @@ def _describe(
 ) -> None:
     """Tell the SAE how it came about, and bind it to model and data."""
     corpora = [data.corpus for data in (training, held_out) if data is not None]
-    documents = [len(corpus.documents) for corpus in corpora if corpus is not None]
+    documents = [corpus.n_documents for corpus in corpora if corpus is not None]
     sae.statistics = Statistics(result.training, result.validation, result.firing_rates)
     sae.metadata = Metadata(
         model=_facts(source),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlxterp.sae.analysis import Example, FeatureExamples, LogitEffects, logit_effects
 from mlxterp.sae.coder import SparseCoder
-from mlxterp.sae.harvest import ActivationSource
+from mlxterp.sae.source import ActivationSource
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -124,7 +124,7 @@ def test_examples_are_the_same_when_encoded_again_by_hand(sae, model, texts):
         model, texts[:6], "layers.2.resid_post", context_length=64
     )
     examples = sae.top_examples(dataset=dataset, n=4)
-    tokens, documents = dataset.corpus.rows
+    tokens, documents = dataset.corpus.tokens, dataset.corpus.documents()
     codes = codes_by_hand(sae, model, tokens)
     codes[documents < 0] = 0
     strongest = -np.sort(-codes.max(axis=1), axis=0)[:4].T

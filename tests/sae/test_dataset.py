@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mlxterp.sae import ActivationDataset
-from mlxterp.sae.dataset import shuffle_buffer
+from mlxterp.sae.shuffle import shuffle_buffer
 from tests.fakes import BOS, EOS, FIRST, SITE, FakeSource
 
 CONTEXT = 16
@@ -109,7 +109,7 @@ def test_activations_in_memory_are_computed_once():
     assert source.passes == 0
     for epoch in range(3):
         token_ids(data.batches(32, epoch=epoch))
-    assert source.passes == 1
+    assert source.passes == 2  # one of them a sample, which says what an outlier is
 
 
 def test_split_has_no_document_on_both_sides():
@@ -262,7 +262,7 @@ def test_a_batch_needs_a_token():
 def test_info_and_repr_say_what_there_is():
     info = dataset().info(batch_size=64)
     assert (info.n_tokens, info.n_documents, info.context, info.width) == (750, 30, CONTEXT, 6)
-    assert info.n_bytes == 750 * 6 * 4 and info.in_memory and info.sites == (SITE,)
+    assert info.n_bytes == 750 * 6 * 4 and info.where == "kept in memory" and info.sites == (SITE,)
     assert repr(dataset()) == "ActivationDataset(750 tokens of layers.0.mlp, width 6)"
     arrays = ActivationDataset.from_activations(np.ones((5, 2), np.float16))
     assert arrays.info().documents_per_batch is None and arrays.n_bytes == 20

@@ -106,7 +106,7 @@ def test_the_clean_loss_is_the_cross_entropy_of_the_tokens_that_count(model, tex
     site = "layers.2.resid_post"
     dataset = ActivationDataset.from_texts(model, texts[:2], site, context_length=64)
     found = loss_recovered(identity(128, site), dataset)
-    tokens, documents = dataset.corpus.rows
+    tokens, documents = dataset.corpus.tokens, dataset.corpus.documents()
     logits = np.array(model.run(mx.array(tokens)).output, np.float64)[:, :-1]
     log_p = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
     log_p -= logits.max(-1, keepdims=True)

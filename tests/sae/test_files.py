@@ -180,14 +180,14 @@ def test_what_a_killed_process_left_goes_with_the_next_save_of_the_same_name(tmp
 
 
 def test_a_directory_that_a_living_process_works_in_is_left_alone(tmp_path, monkeypatch):
-    write, listings = files._write_file, []
+    write, listings = files.write_file, []
 
     def look(path, content):
         recover(tmp_path)
         listings.append(listing(tmp_path))
         return write(path, content)
 
-    monkeypatch.setattr(files, "_write_file", look)
+    monkeypatch.setattr(files, "write_file", look)
     write_directory(tmp_path / "x", contents(), "config.json")
     assert [len(names) for names in listings] == [2, 3] and listing(tmp_path) == WHOLE
 
@@ -203,13 +203,13 @@ def test_without_locks_nothing_is_removed_that_may_be_in_use(tmp_path, monkeypat
 
 
 def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
-    sync, calls = files._sync, []
+    sync, calls = files.sync, []
 
     def note(path):
         calls.append((path.name, (tmp_path / "x").exists()))
         sync(path)
 
-    monkeypatch.setattr(files, "_sync", note)
+    monkeypatch.setattr(files, "sync", note)
     write_directory(tmp_path / "x", contents(), "config.json")
     assert calls == [
         ("config.json", False), ("arrays.safetensors", False), ("new", False), (tmp_path.name, True)

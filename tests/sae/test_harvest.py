@@ -3,136 +3,154 @@ import numpy as np
 import pytest
 
 from mlxterp.sae.coder import Columns
-from mlxterp.sae.harvest import Corpus, find_site, harvest, rows_per_forward
+from mlxterp.sae.corpus import Corpus
+from mlxterp.sae.harvest import NormLimits, harvest
+from mlxterp.sae.source import find_site
 from tests.fakes import BOS, EOS, FIRST, SITE, FakeSource
+
+COLUMNS = Columns((SITE,), (6,))
 
 
 def ids(text: str) -> list[int]:
     return [FIRST + ord(character) - ord(" ") for character in text]
 
 
-def corpus(texts, context=16, max_tokens=None, **options) -> Corpus:
-    return Corpus.from_texts(FakeSource(**options), texts, context, max_tokens)
+def harvested(source, corpus, contexts=None, limits=None):
+    contexts = np.arange(len(corpus)) if contexts is None else contexts
+    return list(harvest(source, corpus, COLUMNS, contexts, limits))
 
 
-def test_rows_are_packed_and_only_text_counts():
-    tokens, documents = corpus(["abc", "defgh"], context=6).rows
-    assert tokens[0].tolist() == [BOS, *ids("abc"), BOS, *ids("d")]
-    assert documents[0].tolist() == [-1, 0, 0, 0, -1, 1]
-    assert tokens[1, :5].tolist() == [BOS, *ids("efgh")]
-    assert documents[1].tolist() == [-1, 1, 1, 1, 1, -1]
+def letters(found) -> list[int]:
+    return [int(i) for part in found for i in part.activations[:, 0].tolist()]
 
 
-def test_special_tokens_at_the_ends_and_within_never_count():
-    class WithSpecials(FakeSource):
-        def encode_batch(self, texts):
-            return [[BOS, BOS, *ids("ab"), EOS, *ids("c"), EOS] for _ in texts]
-
-    packed = Corpus.from_texts(WithSpecials(), ["any"], 8, None)
-    tokens, documents = packed.rows
-    assert packed.n_tokens == 3
-    assert tokens[0, :5].tolist() == [BOS, *ids("ab"), EOS, *ids("c")]
-    assert documents[0].tolist() == [-1, 0, 0, -1, 0, -1, -1, -1]
-
-
-def test_without_a_first_token_rows_hold_text_only():
-    tokens, documents = corpus(["abc", "de"], context=4, bos=False).rows
-    assert tokens[0].tolist() == ids("abcd") and documents[0].tolist() == [0, 0, 0, 1]
-    assert documents[1].tolist() == [1, -1, -1, -1]
-
-
-def test_texts_without_tokens_are_left_out():
-    assert len(corpus(["", "ab", ""], bos=False).documents) == 1
-    assert len(corpus(["", "ab", ""]).documents) == 1
-
-
-@pytest.mark.parametrize("texts", [[], [""], ["", ""], iter([])])
-def test_no_token_at_all_is_an_error(texts):
-    for bos in (True, False):
-        with pytest.raises(ValueError, match="dataset is empty"):
-            corpus(texts, bos=bos)
-
-
-def test_one_string_in_place_of_a_list_is_an_error():
-    with pytest.raises(ValueError, match="list of texts, got one string"):
-        corpus("abc")
-
-
-@pytest.mark.parametrize(("item", "name"), [(3, "int"), (None, "NoneType"), (b"ab", "bytes")])
-def test_an_item_that_is_not_text_is_named_by_place_and_type(item, name):
-    with pytest.raises(ValueError, match=f"item 2 is {name}"):
-        corpus(["a", "b", item])
-
-
-def test_max_tokens_cuts_exactly_and_reads_no_further():
-    read = []
-
-    def texts():
-        for i in range(10**9):
-            read.append(i)
-            yield "abcdefg"
-
-    limited = corpus(texts(), max_tokens=20)
-    assert limited.n_tokens == 20
-    assert [len(document) for document in limited.documents] == [7, 7, 6]
-    assert len(read) <= 256
-
-
-def test_split_is_by_document_and_loses_none():
-    texts = [chr(ord("a") + i) * (5 + i % 7) for i in range(26)]
-    whole = corpus(texts)
-    training, held_out = whole.split(0.2, seed=3)
-    letters = [{int(d[0]) for d in part.documents} for part in (training, held_out)]
-    assert not letters[0] & letters[1] and len(letters[0] | letters[1]) == 26
-    assert training.n_tokens + held_out.n_tokens == whole.n_tokens
-    assert 0.1 < held_out.n_tokens / whole.n_tokens < 0.25
-    again, other = whole.split(0.2, seed=3)[1], whole.split(0.2, seed=4)[1]
-    assert [d.tolist() for d in again.documents] == [d.tolist() for d in held_out.documents]
-    assert [d.tolist() for d in other.documents] != [d.tolist() for d in held_out.documents]
-
-
-def test_split_keeps_a_document_that_is_nearly_everything_in_training():
-    training, held_out = corpus(["x" * 500, "abc", "de"]).split(0.05, seed=0)
-    assert training.n_tokens >= 500 and 2 <= held_out.n_tokens <= 5
-
-
-@pytest.mark.parametrize(("share", "sizes"), [(0.2, (8, 2)), (0.001, (9, 1)), (0.999, (1, 9))])
-def test_a_single_document_is_cut_in_two(share, sizes):
-    parts = corpus(["abcdefghij"]).split(share, seed=0)
-    assert tuple(part.n_tokens for part in parts) == sizes
-    assert np.concatenate([part.documents[0] for part in parts]).tolist() == ids("abcdefghij")
-
-
-def test_harvest_yields_the_activations_of_the_tokens_that_count():
+def test_it_yields_the_activations_of_the_tokens_that_count():
     source = FakeSource()
-    packed = Corpus.from_texts(source, ["abc", "defgh", "xy"], 6, None)
+    corpus = Corpus.from_documents(source, ["abc", "defgh", "xy"], 6)
     order = np.array([1, 0])
-    chunks = list(harvest(source, packed, Columns((SITE,), (6,)), order))
-    activations = np.concatenate([np.array(chunk) for chunk, _ in chunks])
-    owners = np.concatenate([owners for _, owners in chunks])
-    tokens, documents = packed.rows
-    counts = documents[order] >= 0
-    assert activations[:, 0].tolist() == tokens[order][counts].tolist()
-    assert owners.tolist() == documents[order][counts].tolist()
+    found = harvested(source, corpus, order)
+    activations = np.concatenate([np.array(part.activations) for part in found])
+    positions = np.concatenate([part.positions for part in found])
+    tokens, counts = corpus.tokens[order], corpus.documents(order) >= 0
+    assert activations[:, 0].tolist() == tokens[counts].tolist()
     assert not {BOS, EOS} & set(activations[:, 0].tolist())
-    np.testing.assert_array_equal(activations, np.array(source.table)[tokens[order][counts]])
+    np.testing.assert_array_equal(activations, np.array(source.table)[tokens[counts]])
+    # Positions say where in the corpus each one is from.
+    np.testing.assert_array_equal(corpus.tokens.reshape(-1)[positions], tokens[counts])
+    owners = corpus.documents(order)[counts]
+    np.testing.assert_array_equal(corpus.owners.reshape(-1)[positions], owners)
+    assert len(set(positions.tolist())) == corpus.n_tokens
 
 
-def test_harvest_leaves_out_activations_that_are_not_finite():
+def test_activations_that_are_not_finite_are_left_out_and_counted():
     source = FakeSource(not_finite="e")
-    packed = Corpus.from_texts(source, ["abc", "defgh"], 6, None)
-    chunks = list(harvest(source, packed, Columns((SITE,), (6,)), np.arange(2)))
-    found = [i for chunk, _ in chunks for i in chunk[:, 0].tolist()]
-    assert found == ids("abcdfgh")
-    assert [o for _, owners in chunks for o in owners.tolist()] == [0, 0, 0, 1, 1, 1, 1]
+    corpus = Corpus.from_documents(source, ["abc", "defgh", "e"], 6)
+    found = harvested(source, corpus)
+    assert letters(found) == ids("abcdfgh")
+    positions = np.concatenate([part.positions for part in found])
+    assert corpus.tokens.reshape(-1)[positions].tolist() == ids("abcdfgh")
+    assert corpus.owners.reshape(-1)[positions].tolist() == [0, 0, 0, 1, 1, 1, 1]
+    assert sum(part.n_not_finite for part in found) == 2
+    assert sum(part.n_outliers for part in found) == 0
 
 
 def test_forward_passes_hold_about_4096_tokens():
-    assert [rows_per_forward(context) for context in (16, 256, 5000)] == [256, 16, 1]
     source = FakeSource()
-    packed = Corpus.from_texts(source, ["a" * 15] * 600, 16, None)
-    chunks = list(harvest(source, packed, Columns((SITE,), (6,)), np.arange(600)))
-    assert source.passes == 3 and sum(len(chunk) for chunk, _ in chunks) == 9000
+    corpus = Corpus.from_documents(source, ["a" * 15] * 600, 16)
+    found = harvested(source, corpus)
+    assert source.passes == 3 and sum(len(part.positions) for part in found) == 9000
+
+
+def test_no_more_than_one_forward_is_ahead_of_what_is_looked_at():
+    source = FakeSource()
+    corpus = Corpus.from_documents(source, ["a" * 15] * 256 * 6, 16)
+    passes = [source.passes for _ in harvest(source, corpus, COLUMNS, np.arange(len(corpus)))]
+    assert passes == [2, 3, 4, 5, 6, 6]
+
+
+def test_a_site_that_is_not_one_vector_per_token_is_refused():
+    class Heads(FakeSource):
+        def run(self, tokens, **options):
+            found = super().run(tokens, **options)
+            found[SITE] = found[SITE].reshape(*tokens.shape, 2, 3)
+            return found
+
+    corpus = Corpus.from_documents(FakeSource(), ["abc"], 6)
+    with pytest.raises(ValueError, match=rf"{SITE} must be one vector per token.*\[1, 6, 2, 3\]"):
+        harvested(Heads(), corpus)
+
+
+# --- outliers
+
+
+class Tall(FakeSource):
+    """`~` is an outlier: its activation is long, all others have norms from 1 to 2."""
+
+    def __init__(self, length=100.0, **options):
+        super().__init__(**options)
+        table = np.random.default_rng(1).normal(size=self.table.shape)
+        norms = 1 + np.arange(len(table)) / len(table)
+        norms[ids("~")] = length
+        table *= (norms / np.linalg.norm(table, axis=1))[:, None]
+        self.table = mx.where(mx.isfinite(self.table), mx.array(table.astype(np.float32)), np.nan)
+
+
+def test_limits_are_multiples_of_the_median_norm():
+    source = Tall(not_finite="#")
+    texts = ["abcdefg", "hijkl~mn#o", "pqrstuvw"]
+    corpus = Corpus.from_documents(source, texts, 8)
+    limits = NormLimits.measure(source, corpus, COLUMNS, 5.0, drop=True)
+    table = np.array(source.table, np.float64)
+    norms = np.linalg.norm(table[ids("".join(texts).replace("#", ""))], axis=1)
+    assert limits.drop and limits.limits == pytest.approx([5 * np.quantile(norms, 0.5)], rel=1e-5)
+
+
+def test_limits_are_measured_over_all_of_the_corpus_in_one_forward():
+    source = Tall()
+    corpus = Corpus.from_documents(source, ["a" * 15] * 600 + ["z" * 15] * 600, 16)
+    (limit,) = NormLimits.measure(source, corpus, COLUMNS, 1.0, drop=False).limits
+    low, high = np.linalg.norm(np.array(source.table)[ids("az")], axis=1)
+    assert source.passes == 1 and low * 0.999 < limit < high * 1.001
+    few = Corpus.from_documents(source, ["z" * 15] * 700 + ["a" * 15] * 500, 16)
+    (limit,) = NormLimits.measure(source, few, COLUMNS, 1.0, drop=False).limits
+    assert limit == pytest.approx(high, rel=1e-5)
+
+
+@pytest.mark.parametrize("drop", [True, False])
+def test_outliers_are_counted_and_dropped_on_request(drop):
+    source = Tall(not_finite="#")
+    text = "ab~cd#ef~~g#~"
+    corpus = Corpus.from_documents(source, [text], 8)
+    found = harvested(source, corpus, limits=NormLimits((10.0,), drop))
+    assert sum(part.n_outliers for part in found) == 4
+    assert sum(part.n_not_finite for part in found) == 2
+    positions = np.concatenate([part.positions for part in found])
+    kept = text.replace("#", "").replace("~", "" if drop else "~")
+    assert corpus.tokens.reshape(-1)[positions].tolist() == ids(kept)
+    activations = np.concatenate([np.array(part.activations) for part in found])
+    np.testing.assert_array_equal(activations, np.array(source.table)[ids(kept)])
+
+
+def test_an_outlier_at_any_site_is_one():
+    class TwoSites(Tall):
+        def site(self, layer, component=None):
+            return layer
+
+        def run(self, tokens, **options):
+            found = super().run(tokens, **options)
+            found["b"] = found["b"] * mx.where(mx.array(tokens) == ids("a")[0], 100, 1)[..., None]
+            return found
+
+    source, columns = TwoSites(), Columns(("a", "b"), (6, 6))
+    corpus = Corpus.from_documents(source, ["xa~y"], 8)
+    (found,) = harvest(source, corpus, columns, [0], NormLimits((10.0, 1e6), drop=True))
+    assert found.n_outliers == 1
+    (found,) = harvest(source, corpus, columns, [0], NormLimits((10.0, 10.0), drop=True))
+    assert found.n_outliers == 2
+    assert corpus.tokens.reshape(-1)[found.positions].tolist() == ids("xy")
+
+
+# --- sites
 
 
 def test_a_site_is_found_by_layer_or_by_its_whole_name():
@@ -142,28 +160,18 @@ def test_a_site_is_found_by_layer_or_by_its_whole_name():
         find_site(source, 0, "attn")
 
 
-def test_the_bundled_model_is_an_activation_source(model):
-    packed = Corpus.from_texts(model, ["Hello world.", "Another text"], 8, None)
-    site = str(model.site(2, "mlp"))
-    (chunk, owners), *rest = harvest(model, packed, Columns((site,), (128,)), np.arange(2))
-    assert not rest and len(chunk) == packed.n_tokens == len(owners)
-    tokens, documents = packed.rows
-    full = model.run(mx.array(tokens), capture=[site])[site]
-    expected = np.array(full.reshape(-1, 128))[(documents >= 0).reshape(-1)]
-    np.testing.assert_allclose(np.array(chunk), expected, atol=1e-5)
-    assert not model.special_token_ids & set(tokens[documents >= 0].tolist())
-
-
-def test_a_mapping_in_place_of_a_list_is_an_error():
-    with pytest.raises(ValueError, match=r"got a mapping; pass one of \['train', 'test'\]"):
-        corpus({"train": ["abc"], "test": ["def"]})
-
-
-def test_a_large_share_leaves_the_rest_its_part():
-    training, held_out = corpus(["x" * 10] * 100).split(0.9, seed=0)
-    assert held_out.n_tokens <= 910 and training.n_tokens >= 90
-
-
 @pytest.mark.parametrize("layer", [2, np.int64(2)])
 def test_a_layer_number_alone_means_its_mlp(model, layer):
     assert str(find_site(model, layer)) == "layers.2.mlp"
+
+
+def test_the_bundled_model_is_an_activation_source(model):
+    corpus = Corpus.from_documents(model, ["Hello world.", "Another text"], 8)
+    site = str(model.site(2, "mlp"))
+    found = list(harvest(model, corpus, Columns((site,), (128,)), np.arange(len(corpus))))
+    assert sum(len(part.positions) for part in found) == corpus.n_tokens
+    full = model.run(mx.array(corpus.tokens), capture=[site])[site]
+    expected = np.array(full.reshape(-1, 128))[(corpus.documents() >= 0).reshape(-1)]
+    activations = np.concatenate([np.array(part.activations) for part in found])
+    np.testing.assert_allclose(activations, expected, atol=1e-5)
+    assert not model.special_token_ids & set(corpus.tokens[corpus.documents() >= 0].tolist())

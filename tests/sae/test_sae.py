@@ -149,8 +149,8 @@ def test_bad_data_and_sites_are_errors(model):
         train(FakeSource(), 0, dataset=[], verbose=False)
     with pytest.raises(ValueError, match="dataset is empty"):
         train(FakeSource(), 0, verbose=False)
-    with pytest.raises(ValueError, match="list of texts, got one string"):
-        train(FakeSource(), 0, dataset="text", verbose=False)
+    with pytest.raises(ValueError, match="put it in a list"):
+        train(FakeSource(), 0, dataset="some text", verbose=False)
     with pytest.raises(ValueError, match="no site"):
         train(FakeSource(), 7, dataset=TEXTS, verbose=False)
     with pytest.raises(ValueError, match="layers.6.mlp"):
