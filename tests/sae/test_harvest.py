@@ -27,7 +27,7 @@ def letters(found) -> list[int]:
 def test_it_yields_the_activations_of_the_tokens_that_count():
     source = FakeSource()
     corpus = Corpus.from_documents(source, ["abc", "defgh", "xy"], 6)
-    order = np.array([1, 0])
+    order = np.array([1, 2, 0])
     found = harvested(source, corpus, order)
     activations = np.concatenate([np.array(part.activations) for part in found])
     positions = np.concatenate([part.positions for part in found])
