@@ -8,6 +8,7 @@ import errno
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -103,7 +104,8 @@ class Cache:
     @property
     def path(self) -> Path:
         """The directory."""
-        known = {**self.identity, "model": self.source.fingerprint}
+        model = self.source.fingerprint
+        known = {**self.identity, "model": model, "format_version": FORMAT_VERSION}
         digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
         sites = re.sub(r"[^\w.-]+", "-", "+".join(self.layout.columns.names))[:80]
         return self.cache_dir / f"{sites}-{digest[:12]}"
@@ -131,11 +133,11 @@ class Cache:
         where the disk cannot hold it; what has been harvested is kept and need not be again.
         """
         with contextlib.suppress(ValueError):  # unfinished, or damaged
-            return Store.open(self.path)
+            return self._opened()
         if processes.rank() == 0:
             self._prepare()
         processes.wait_for_all()
-        limits = NormLimits(**read_index(self.path)["norm_limits"])
+        limits = self._limits()
         mine = list(self.shards)[processes.rank() :: processes.count()]
         missing = [name for name in mine if self._noted(name) is None]
         if missing:
@@ -145,7 +147,15 @@ class Cache:
         if processes.rank() == 0:
             self._write_index(limits, {name: self._noted(name) for name in self.shards})
         processes.wait_for_all()
-        return Store.open(self.path)
+        return self._opened()
+
+    def _opened(self) -> Store:
+        store = Store.open(self.path)
+        if not store.chunks:
+            n = self.corpus.n_tokens
+            raise ValueError(f"None of the {n:,} activations is finite, or none is no outlier.")
+        store.corpus  # noqa: B018 - raises where it is damaged
+        return store
 
     def remake(self, damaged: Path) -> Store:
         """The store with one of its shards harvested again."""
@@ -167,17 +177,21 @@ class Cache:
         self.path.mkdir(parents=True, exist_ok=True)
         for left in self.path.glob(f"*{UNFINISHED}"):
             left.unlink()
-        try:
-            NormLimits(**read_index(self.path)["norm_limits"])
-            return
-        except ValueError:  # a new one
-            pass
+        with contextlib.suppress(ValueError):  # a new one, or damaged
+            index = read_index(self.path)
+            if Store(self.path, self.layout, [], index).corpus is not None:
+                return
         arrays = {"tokens": self.corpus.tokens, "owners": self.corpus.owners}
         scratch = self.path / f"{CORPUS_FILE}{UNFINISHED}"
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, scratch)
         sync(scratch)
         os.replace(scratch, self.path / CORPUS_FILE)
         self._write_index(self._measure(), {})
+
+    def _limits(self) -> NormLimits:
+        noted = read_index(self.path)["norm_limits"]
+        limits = (math.inf if limit is None else limit for limit in noted["limits"])
+        return NormLimits(tuple(limits), noted["drop"])
 
     def _measure(self) -> NormLimits:
         columns = self.layout.columns
@@ -267,13 +281,9 @@ def _in_background() -> Iterator[Later]:
                 pending.popleft().result()
             pending.append(thread.submit(function, *arguments))
 
-        try:
-            yield later
-            while pending:
-                pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
+        yield later  # after an error too, what is waiting is still written
+        while pending:
+            pending.popleft().result()
 
 
 def _stderr() -> TextIO:

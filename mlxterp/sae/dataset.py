@@ -13,6 +13,7 @@ from mlxterp.sae import documents
 from mlxterp.sae.caching import Cache
 from mlxterp.sae.coder import Columns
 from mlxterp.sae.corpus import Corpus
+from mlxterp.sae.curation import CurationReport, DiversityMetric, curate
 from mlxterp.sae.dataset_info import DatasetInfo, mixing
 from mlxterp.sae.harvest import OUTLIER_NORM
 from mlxterp.sae.serving import DEFAULT_BUFFER_BYTES, Activations
@@ -31,14 +32,14 @@ class ActivationDataset(Activations):
     or else computed again for each pass, and mixed in a buffer of that size.
     """
 
-    report: Any = None
+    report: CurationReport | None = None
     """What `curate` left out, and why."""
 
     @classmethod
     def from_texts(
         cls,
         model: ActivationSource,
-        texts: Iterable[Any],
+        texts: Any,
         layer: Any,
         component: str | None = None,
         *,
@@ -53,7 +54,8 @@ class ActivationDataset(Activations):
         precision: Precision = "bfloat16",
         verbose: bool = False,
     ) -> ActivationDataset:
-        """Activations of a model over texts, chats (lists of messages) or lists of token ids.
+        """Activations of a model over texts, chats (lists of messages) or lists of token ids, or
+        over what a path or a dataset's name on the Hub holds; see `documents.read`.
 
         `layer` and `component` (`mlp` where none is given) name the site; `layer` may also be the
         site's whole name, or a list that joins several. Documents are packed back to back into
@@ -166,7 +168,7 @@ class ActivationDataset(Activations):
         layer: Any,
         component: str | None = None,
         *,
-        diversity_metric: str = "activation_variance",
+        diversity_metric: DiversityMetric = "activation_variance",
         max_samples: int | None = None,
         min_activation_norm: float = 0.0,
         deduplicate: bool = True,
@@ -182,8 +184,6 @@ class ActivationDataset(Activations):
         `max_samples` tokens allow. The dataset's `report` says what was dropped and why. `options`
         are those of `from_texts`.
         """
-        from mlxterp.sae.curation import curate
-
         columns = _columns(model, layer, component)
         chosen, report = curate(
             model, documents.read(source), columns, context=_context_length(model, context_length),

@@ -48,7 +48,9 @@ class DatasetInfo:
 def mixing(documents_per_batch: float, sizes: np.ndarray, batch_size: int) -> float:
     """Distinct documents in a batch as a share of those in one drawn at random from all tokens.
 
-    That one has `sum_d 1 - (1 - p_d)^batch_size` for documents that hold the share `p_d` of tokens.
+    At most 1. That one has `sum_d 1 - (1 - p_d)^batch_size` for documents that hold the share `p_d`
+    of tokens.
     """
     shares = sizes / sizes.sum()
-    return documents_per_batch / float((1 - (1 - shares) ** batch_size).sum())
+    expected = float((1 - (1 - shares) ** batch_size).sum())
+    return min(1.0, documents_per_batch / expected)

@@ -6,11 +6,12 @@ Reading takes NumPy alone and may be done by any thread.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,8 +134,18 @@ class ShardWriter:
         n = len(next(iter(rows.values())))
         self._held.append(rows)
         self._n_held += n
-        while self._n_held >= self.chunk_rows:
-            self._write(self.chunk_rows)
+        with self._or_nothing():
+            while self._n_held >= self.chunk_rows:
+                self._write(self.chunk_rows)
+
+    @contextlib.contextmanager
+    def _or_nothing(self) -> Iterator[None]:
+        # After an error the file is closed, so that it cannot be finished with a part missing.
+        try:
+            yield
+        except BaseException:
+            self.abort()
+            raise
 
     def _write(self, n_rows: int) -> None:
         """Write the first so many of the rows that are held."""
@@ -156,11 +167,16 @@ class ShardWriter:
 
     def abort(self) -> None:
         """Leave nothing behind."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # of what could not be written
+            self._file.close()
         _unfinished(self.path).unlink(missing_ok=True)
 
     def finish(self, metadata: Mapping[str, int]) -> None:
         """Write what is left, and some numbers about the shard, and put the file in its place."""
+        with self._or_nothing():
+            self._finish(metadata)
+
+    def _finish(self, metadata: Mapping[str, int]) -> None:
         if self._n_held:
             self._write(self._n_held)
         noted = {**metadata, "checksums": self._checksums}
@@ -206,7 +222,7 @@ def read_shard(path: Path, parts: Parts) -> tuple[list[Chunk], dict[str, Any]]:
             chunks.append(Chunk(path, n_rows, offsets, checksum))
         end = max((chunk.offsets[n] + chunk.n_rows * parts[n].itemsize
                    for chunk in chunks[-1:] for n in parts), default=start)  # fmt: skip
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, DamagedShard):
             raise
         raise DamagedShard(path, f"has a damaged header: {error!r}.") from None

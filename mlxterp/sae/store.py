@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -74,6 +75,11 @@ class Layout:
                 rows[name] = np.array(x.astype(mx.bfloat16).view(mx.uint16))
             else:
                 rows[name] = np.array(x.astype(getattr(mx, self.precision)))
+                if self.precision == "float16" and not np.isfinite(rows[name]).all():
+                    raise ValueError(
+                        f"precision='float16' holds values up to 65,504, and some activations of "
+                        f"{name} are larger: take 'bfloat16'."
+                    )
         return rows
 
     def decode(self, rows: Rows) -> mx.array:
@@ -180,12 +186,14 @@ class Store:
         """The tokens, of which only what is looked at is read; `None` where none were kept."""
         if self.index is None:
             return None
-        header, start, _ = read_header(self.path / CORPUS_FILE)
-        facts = self.index["identity"]["corpus"]
+        path, facts = self.path / CORPUS_FILE, self.index["identity"]["corpus"]
+        header, start, size = read_header(path)
         shape = (facts["n_contexts"], facts["context"])
+        if size != start + 2 * 4 * math.prod(shape):
+            raise DamagedShard(path, f"is cut short: it has {size:,} bytes.")
         tokens, owners = (
             np.memmap(
-                self.path / CORPUS_FILE,
+                path,
                 np.int32,
                 "r",
                 start + header[name]["data_offsets"][0],
