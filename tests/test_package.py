@@ -25,7 +25,8 @@ sae.schedules sae.dead_features sae.objective
 sae.initialization
 sae.step
 sae.source sae.documents sae.dataset_info sae.shards sae.shuffle
-sae.corpus sae.harvest sae.curation sae.store sae.caching sae.serving sae.dataset
+sae.corpus sae.harvest sae.cleaning sae.diversity sae.curation
+sae.store sae.caching sae.serving sae.dataset
 sae.callbacks sae.evals sae.analysis sae.steering sae.visualization
 sae.run sae.loggers
 sae.trainer

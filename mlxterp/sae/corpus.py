@@ -49,10 +49,10 @@ class Corpus:
         Raises `ValueError` where there is no document, or none with a token.
         """
         bodies, bos, total = [], None, 0
-        for ids in _encoded(source, documents):
+        for ids in encoded(source, documents):
             if len(ids) and ids[0] in source.special_token_ids:
                 bos = int(ids[0])
-            body = _without_special_ends(ids, source.special_token_ids)
+            body = without_special_ends(ids, source.special_token_ids)
             body = body if max_tokens is None else body[: max_tokens - total]
             if len(body):
                 bodies.append(np.array(body, dtype=np.int32))
@@ -185,7 +185,7 @@ class Corpus:
         return self.pack(documents, self.context, self.bos_id, self.special, self.separate)
 
 
-def _encoded(source: ActivationSource, documents: Iterable[Any]) -> Iterator[Any]:
+def encoded(source: ActivationSource, documents: Iterable[Any]) -> Iterator[Any]:
     """The token ids of each document that is not empty; texts are tokenised many at a time."""
     texts: list[str] = []
     for document in documents:
@@ -202,7 +202,7 @@ def _encoded(source: ActivationSource, documents: Iterable[Any]) -> Iterator[Any
     yield from source.encode_batch(texts) if texts else ()
 
 
-def _without_special_ends(ids: Any, special: frozenset[int]) -> Any:
+def without_special_ends(ids: Any, special: frozenset[int]) -> Any:
     start, end = 0, len(ids)
     while start < end and ids[start] in special:
         start += 1

@@ -70,15 +70,36 @@ class ActivationDataset(Activations):
         `float32`, or `int8` with a scale for each token. Raises `ValueError` for an empty dataset
         and for a site that does not exist, `OSError` where the disk is too small.
         """
-        columns = _columns(model, layer, component)
         context = _context_length(model, context_length)
         if max_samples is not None and max_samples < 1:
             raise ValueError(f"max_samples must be >= 1, got {max_samples}.")
-        if not outlier_norm > 1:
-            raise ValueError(f"outlier_norm must be > 1, got {outlier_norm}.")
+        columns = _columns(model, layer, component)
         found = Corpus.from_documents(
             model, documents.read(texts), context, max_samples, separate_documents
         )
+        return cls._of_corpus(
+            model, found, columns, shuffle=shuffle, buffer_bytes=buffer_bytes,
+            outlier_norm=outlier_norm, drop_outliers=drop_outliers, cache_dir=cache_dir,
+            precision=precision, verbose=verbose,
+        )  # fmt: skip
+
+    @classmethod
+    def _of_corpus(
+        cls,
+        model: ActivationSource,
+        found: Corpus,
+        columns: Columns,
+        *,
+        shuffle: bool = True,
+        buffer_bytes: int = DEFAULT_BUFFER_BYTES,
+        outlier_norm: float = OUTLIER_NORM,
+        drop_outliers: bool = False,
+        cache_dir: str | Path | None = None,
+        precision: Precision = "bfloat16",
+        verbose: bool = False,
+    ) -> ActivationDataset:
+        if not outlier_norm > 1:
+            raise ValueError(f"outlier_norm must be > 1, got {outlier_norm}.")
         layout = Layout(columns, precision)
         options: Any = {"shuffle": shuffle, "buffer_bytes": buffer_bytes, "verbose": verbose}
         if cache_dir is None:
@@ -168,7 +189,7 @@ class ActivationDataset(Activations):
         layer: Any,
         component: str | None = None,
         *,
-        diversity_metric: DiversityMetric = "activation_variance",
+        diversity_metric: DiversityMetric = "loss",
         max_samples: int | None = None,
         min_activation_norm: float = 0.0,
         deduplicate: bool = True,
@@ -179,10 +200,11 @@ class ActivationDataset(Activations):
         """Activations over the most diverse part of some documents; see `curation.curate`.
 
         `source` is what `documents.read` takes: a list of texts, paths, or the name of a dataset
-        of the Hub. Duplicates, boilerplate and tokens whose norm is below `min_activation_norm`
-        times the median are left out, and of the rest so much is chosen by `diversity_metric` as
-        `max_samples` tokens allow. The dataset's `report` says what was dropped and why. `options`
-        are those of `from_texts`.
+        of the Hub. Duplicates, boilerplate and text of which most activations are shorter than
+        `min_activation_norm` times the median are left out, and of the rest so much is chosen by
+        `diversity_metric` as `max_samples` tokens allow: `loss`, `kmeans` or
+        `activation_variance`. The dataset's `report` says what was dropped and why. `options` are
+        those of `from_texts` that come after `separate_documents`.
         """
         columns = _columns(model, layer, component)
         chosen, report = curate(
@@ -190,10 +212,7 @@ class ActivationDataset(Activations):
             max_tokens=max_samples, diversity_metric=diversity_metric,
             min_activation_norm=min_activation_norm, deduplicate=deduplicate, verbose=verbose,
         )  # fmt: skip
-        dataset = cls.from_texts(
-            model, chosen.bodies(), list(columns.names), context_length=chosen.context,
-            verbose=verbose, **options,
-        )  # fmt: skip
+        dataset = cls._of_corpus(model, chosen, columns, verbose=verbose, **options)
         dataset.report = report
         return dataset
 

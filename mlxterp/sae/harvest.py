@@ -35,13 +35,13 @@ class NormLimits:
         """A multiple of the median norm, over contexts from all of the corpus."""
         contexts = np.linspace(0, len(corpus) - 1, min(len(corpus), corpus.rows_per_forward))
         (forward,) = _forwards(source, corpus, columns, contexts.astype(int))
-        norms = np.array(_norms(forward.activations, columns), np.float64)
+        norms = np.array(norms_of(forward.activations, columns), np.float64)
         norms = norms[np.isfinite(norms).all(axis=1)]
         medians = np.median(norms, axis=0) if len(norms) else np.full(norms.shape[1], np.inf)
         return cls(tuple((multiple * medians).tolist()), drop)
 
 
-def _norms(activations: mx.array, columns: Columns) -> mx.array:
+def norms_of(activations: mx.array, columns: Columns) -> mx.array:
     """The norm of each site's part of each activation, `[n, n_sites]`."""
     parts = [activations[:, part].astype(mx.float32) for part in columns.slices.values()]
     return mx.stack([mx.linalg.norm(part, axis=-1) for part in parts], axis=-1)
@@ -110,7 +110,7 @@ def _sound(found: Harvest, columns: Columns, limits: NormLimits | None) -> Harve
     finite = np.array(mx.isfinite(activations).all(axis=-1))
     kept, n_outliers = finite, 0
     if limits is not None:
-        beyond = _norms(activations, columns) > mx.array(limits.limits)
+        beyond = norms_of(activations, columns) > mx.array(limits.limits)
         outlying = finite & np.array(beyond.any(axis=-1))
         n_outliers = int(outlying.sum())
         kept = finite & ~outlying if limits.drop else finite
