@@ -246,7 +246,7 @@ def end_to_end(device: str, n_tokens: int | None, precision: str) -> None:
     from mlxterp.sae import ActivationDataset, SAEConfig
     from mlxterp.sae.callbacks import Callback
     from mlxterp.sae.coder import Columns
-    from mlxterp.sae.harvest import Corpus
+    from mlxterp.sae.corpus import Corpus
     from mlxterp.sae.sae import SAE
     from mlxterp.sae.trainer import Trainer
 
@@ -256,7 +256,7 @@ def end_to_end(device: str, n_tokens: int | None, precision: str) -> None:
     n_tokens = n_tokens or (8192 if small else 1 << 20)
     vocabulary = 1024 if small else 128256
     ids = np.random.default_rng(0).integers(0, vocabulary, n_tokens).astype(np.int32)
-    corpus = Corpus(tuple(ids.reshape(-1, context)), context, None, frozenset())
+    corpus = Corpus.pack(ids.reshape(-1, context), context, None, frozenset())
     columns = Columns((f"layers.{layer}.resid_post",), (2048,))
     # A buffer smaller than the data, so that harvesting and training alternate as in a long run.
     buffer = n_tokens // 8 * 4 * columns.width

@@ -87,11 +87,17 @@ def _forwards(
 ) -> Iterator[Harvest]:
     """All positions that count, being computed."""
     contexts = np.asarray(contexts)
+
+    def forward(tokens: mx.array) -> mx.array:
+        captured = source.run(tokens, capture=columns.names, stop=True)
+        return columns.join({name: captured[name] for name in columns.names})
+
+    if mx.default_device() != mx.Device(mx.cpu):  # where MLX compiles for long and gains nothing
+        forward = mx.compile(forward)
     for start in range(0, len(contexts), corpus.rows_per_forward):
         picked = contexts[start : start + corpus.rows_per_forward]
         tokens = corpus.tokens[picked]
-        captured = source.run(mx.array(tokens), capture=columns.names, stop=True)
-        joined = columns.join({name: captured[name] for name in columns.names})
+        joined = forward(mx.array(tokens))
         if joined.shape[:-1] != tokens.shape:
             raise ValueError(
                 f"{', '.join(columns.names)} must be one vector per token, [batch, tokens, width]; "
