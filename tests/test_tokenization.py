@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlxterp import tokenization
 from mlxterp.model import InterpretableModel
 from mlxterp.tokenization import pack, pad
 from tests.tiny_models import VOCAB, build
@@ -198,3 +199,30 @@ def test_a_batch_of_texts_is_padded_and_masked(demo):
 def test_booleans_are_no_token_ids(llama):
     with pytest.raises(TypeError, match="token ids must be integers, not bool"):
         llama.tokens(mx.array([True, False]))
+
+
+def test_a_chat_is_encoded_by_the_template_and_without_one_is_an_error(demo):
+    messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good day"}]
+    with pytest.raises(ValueError, match="no chat template"):
+        demo.encode_chat(messages)
+    with pytest.raises(ValueError, match="has no tokenizer"):
+        tokenization.encode_chat(None, messages)
+
+    class Templated:
+        chat_template = "{{ messages }}"
+
+        def apply_chat_template(self, given, tokenize, return_dict):
+            assert tokenize and not return_dict
+            return [len(message["content"]) for message in given]
+
+    assert tokenization.encode_chat(Templated(), messages) == [5, 8]
+
+
+def test_separate_documents_never_share_a_row():
+    rows = list(tokenization.pack([[5, 6, 7], [8], [9] * 6], 4, bos_id=1, separate=True))
+    assert [tokens.tolist() for tokens, _ in rows] == [
+        [1, 5, 6, 7], [1, 8, 0, 0], [1, 9, 9, 9], [1, 9, 9, 9],
+    ]  # fmt: skip
+    assert [owners.tolist() for _, owners in rows] == [
+        [-1, 0, 0, 0], [-1, 1, -1, -1], [-1, 2, 2, 2], [-1, 2, 2, 2],
+    ]  # fmt: skip

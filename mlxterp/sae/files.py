@@ -129,6 +129,7 @@ def _write_files(directory: Path, contents: Contents, checksums: bool) -> None:
 
 
 def write_file(path: Path, content: Any) -> int:
+    """Write arrays or a JSON value to a new file, synced; its CRC-32."""
     with _CheckedFile(io.FileIO(path, "xb")) as file:
         if path.suffix == ".safetensors":
             # Through a file of our own: where the disk is full, that raises an `OSError`.
