@@ -236,7 +236,8 @@ class Cache:
 
     def _harvest(self, names: list[str], limits: NormLimits) -> None:
         shards = self.shards
-        total = sum(len(shards[name]) for name in names) * self.corpus.context
+        n_contexts = sum(len(shards[name]) for name in names)
+        total = round(self.corpus.n_tokens * n_contexts / len(self.corpus))
         with (
             tqdm(total=total, desc="harvesting", unit="tok", unit_scale=True,
                  disable=not self.verbose) as bar,
@@ -259,7 +260,7 @@ class Cache:
                 noted["n_tokens"] += len(found.positions)
                 noted["n_not_finite"] += found.n_not_finite
                 noted["n_outliers"] += found.n_outliers
-                bar.update(corpus.context * min(corpus.rows_per_forward, len(contexts)))
+                bar.update(len(found.positions))
                 bar.set_postfix_str(f"{bar.n * layout.row_bytes / 1e9:,.2f} GB", refresh=False)
             later(writer.finish, noted)
         except BaseException:
