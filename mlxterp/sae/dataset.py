@@ -224,7 +224,8 @@ class ActivationDataset(Activations):
 
         A path is that of a directory of such arrays, as `.npy` or `.safetensors` files, which are
         read from there as they are needed, or of one for `open`. Rows of arrays that are not finite
-        are left out and counted in `n_skipped`. Raises `ValueError` for other shapes and where
+        are left out and counted in `n_skipped`; those in files are not looked at, and training
+        skips the batches that they are in. Raises `ValueError` for other shapes and where
         nothing is left.
         """
         if isinstance(activations, (str, Path)):
