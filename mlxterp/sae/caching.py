@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -141,7 +141,7 @@ class Cache:
         mine = list(self.shards)[processes.rank() :: processes.count()]
         missing = [name for name in mine if self._noted(name) is None]
         if missing:
-            self._check_disk(limits, len(missing))
+            self._check_disk(len(missing))
             self._harvest(missing, limits)
         processes.wait_for_all()
         if processes.rank() == 0:
@@ -214,7 +214,7 @@ class Cache:
         os.replace(scratch, self.path / INDEX_FILE)
         sync(self.path)
 
-    def _check_disk(self, limits: NormLimits, n_missing: int) -> None:
+    def _check_disk(self, n_missing: int) -> None:
         """Say what is to come; raises `OSError` where it does not fit."""
         started = time.perf_counter()
         self._measure()  # a few thousand tokens from everywhere
@@ -226,7 +226,7 @@ class Cache:
         plan = HarvestPlan(n_tokens, n_tokens * row_bytes, free, rate * n_contexts)
         logger.info("%r", plan)
         if self.verbose:
-            tqdm.write(repr(plan), file=_stderr())
+            tqdm.write(repr(plan), file=sys.stderr)
         if plan.n_bytes > free:
             raise OSError(
                 errno.ENOSPC,
@@ -285,7 +285,3 @@ def _in_background() -> Iterator[Later]:
         yield later  # after an error too, what is waiting is still written
         while pending:
             pending.popleft().result()
-
-
-def _stderr() -> TextIO:
-    return sys.stderr

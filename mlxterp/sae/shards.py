@@ -76,8 +76,9 @@ class Chunk:
 
         With `check` all parts that the file has are to be named. Raises `DamagedShard`.
         """
-        rows = {name: part.empty(self.n_rows) for name, part in parts.items()}
-        rows = rows if into is None else into
+        rows = into
+        if rows is None:
+            rows = {name: part.empty(self.n_rows) for name, part in parts.items()}
         checksum = 0
         try:
             with open(self.path, "rb", buffering=0) as file:
