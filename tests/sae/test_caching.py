@@ -1,6 +1,5 @@
 """Harvesting to disk: what was taken before an interruption is kept, and nothing is taken twice."""
 
-import contextlib
 import errno
 import json
 import logging
@@ -10,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 import threading
 from pathlib import Path
 
@@ -25,7 +23,7 @@ from mlxterp.sae.shards import DamagedShard, ShardWriter
 from mlxterp.sae.store import Store
 from tests.fakes import SITE, FakeSource
 from tests.sae.test_harvest import Tall, ids
-from tests.sae.test_parallel import ROOT, free_port
+from tests.sae.test_parallel import ROOT, launch
 from tests.sae.test_store import PRECISIONS, cache_of, damage, everything, shrink
 
 
@@ -489,23 +487,7 @@ def harvest_own_part(directory: Path) -> None:
 
 
 def test_two_processes_harvest_shards_of_their_own_into_one_cache(tmp_path, reference):
-    launcher = Path(sysconfig.get_path("scripts")) / "mlx.launch"
-    code = "import sys, pathlib; from tests.sae import test_caching as here; "
-    code += "here.harvest_own_part(pathlib.Path(sys.argv[1]))"
-    command = [
-        *(sys.executable, launcher, "-n", 2, "--backend", "ring", "--starting-port", free_port()),
-        *("--env", f"PYTHONPATH={ROOT}", "--", sys.executable, "-c", code, tmp_path),
-    ]
-    process = subprocess.Popen(
-        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        cwd=ROOT, start_new_session=True,
-    )  # fmt: skip
-    try:
-        output, _ = process.communicate(timeout=60)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+    _, output = launch("harvest_own_part", tmp_path, 60, "test_caching")
     assert (tmp_path / "0.json").exists() and (tmp_path / "1.json").exists(), output
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     names = sorted(name for name in reference if name.startswith("0"))

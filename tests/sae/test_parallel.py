@@ -189,10 +189,12 @@ def free_port() -> int:
             return port
 
 
-def launch(function: str, directory: Path, timeout: float) -> tuple[int, str]:
-    """Run a function of this module in two processes; its exit status, and what was printed."""
+def launch(
+    function: str, directory: Path, timeout: float, module: str = "test_parallel"
+) -> tuple[int, str]:
+    """Run a function of a test module in two processes; its exit status, and what was printed."""
     launcher = Path(sysconfig.get_path("scripts")) / "mlx.launch"
-    code = "import sys, pathlib; from tests.sae import test_parallel as here; "
+    code = f"import sys, pathlib; from tests.sae import {module} as here; "
     code += f"here.{function}(pathlib.Path(sys.argv[1]))"
     command = [
         *(sys.executable, launcher, "-n", 2, "--backend", "ring", "--starting-port", free_port()),
