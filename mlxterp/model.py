@@ -18,8 +18,11 @@ from mlxterp.generation import GenerationStream, make_sampler
 from mlxterp.sae.base import BaseSAE
 from mlxterp.sae.checkpoint import load_sae
 from mlxterp.sae.config import SAEConfig
+from mlxterp.sae.cross_layer import CrossLayerTrainer, CrossLayerTranscoder
+from mlxterp.sae.crosscoder import Crosscoder, CrosscoderTrainer
 from mlxterp.sae.dataset import ActivationDataset
 from mlxterp.sae.sae import SAE, SAETrainer
+from mlxterp.sae.transcoder import Transcoder, TranscoderTrainer
 from mlxterp.sites import Site, SiteTable
 from mlxterp.trace import LayerListProxy, OutputProxy, Trace
 from mlxterp.tracing import Captured, Edit, Gradients, Spelling, make_plan
@@ -334,6 +337,48 @@ class InterpretableModel:
         return trainer.train(
             self, layer, component, dataset, save_path=save_path, resume=resume, verbose=verbose
         )
+
+    def train_transcoder(
+        self,
+        from_layer: int | str | Site,
+        to_layer: int | str | Site | None = None,
+        component: str | None = None,
+        dataset: ActivationDataset | Iterable[str] = (),
+        *,
+        config: SAEConfig | None = None,
+        checkpoint_dir: str | Path | None = None,
+        **options: Any,
+    ) -> Transcoder:
+        """A transcoder between two sites, such as across an MLP; see `TranscoderTrainer.train`."""
+        trainer = TranscoderTrainer(config, checkpoint_dir)
+        return trainer.train(self, from_layer, to_layer, component, dataset, **options)
+
+    def train_crosscoder(
+        self,
+        layer: int | str | Site | None = None,
+        components: Sequence[str] = (),
+        dataset: ActivationDataset | Iterable[str] = (),
+        *,
+        config: SAEConfig | None = None,
+        checkpoint_dir: str | Path | None = None,
+        **options: Any,
+    ) -> Crosscoder:
+        """A crosscoder of several sites, or of several models; see `CrosscoderTrainer.train`."""
+        trainer = CrosscoderTrainer(config, checkpoint_dir)
+        return trainer.train(self, layer, components, dataset, **options)
+
+    def train_cross_layer_transcoder(
+        self,
+        layers: Sequence[int],
+        dataset: ActivationDataset | Iterable[str] = (),
+        *,
+        config: SAEConfig | None = None,
+        checkpoint_dir: str | Path | None = None,
+        **options: Any,
+    ) -> CrossLayerTranscoder:
+        """A transcoder over the MLPs of several layers; see `CrossLayerTrainer.train`."""
+        trainer = CrossLayerTrainer(config, checkpoint_dir)
+        return trainer.train(self, layers, dataset, **options)
 
     def load_sae(self, path: str | Path) -> BaseSAE:
         """The coder saved at `path`, bound to this model; warns where it does not fit."""

@@ -24,14 +24,16 @@ sae.losses sae.optimizer
 sae.schedules sae.dead_features sae.objective
 sae.initialization
 sae.step
-sae.source sae.documents sae.dataset_info sae.shards sae.shuffle
+sae.source sae.forward_order sae.model_pair sae.documents sae.dataset_info sae.shards sae.shuffle
 sae.corpus sae.harvest sae.cleaning sae.diversity sae.curation
 sae.store sae.caching sae.serving sae.dataset
-sae.callbacks sae.evals sae.analysis sae.steering sae.visualization
+sae.callbacks sae.steering sae.evals sae.analysis sae.connections sae.visualization
+sae.sharing sae.interactions sae.latent_scaling sae.diffing
 sae.run sae.loggers
 sae.trainer
 sae.base
-sae.sae
+sae.fitting
+sae.sae sae.transcoder sae.crosscoder sae.cross_layer
 sae.checkpoint
 sae
 model

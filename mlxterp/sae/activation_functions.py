@@ -25,12 +25,11 @@ Arrays = Mapping[str, mx.array]
 class ActivationFunction(nn.Module):
     """What all of them have; `penalties` lists the sparsity penalties that apply, the usual first.
 
-    `selects`: the number of active features is set by `k`. `per_feature`: a feature's value depends
-    on its own pre-activation alone. `from_gate`: the penalised values must reconstruct as well.
+    `selects`: the number of active features is set by `k`, for every block of features by itself.
+    `from_gate`: the penalised values must reconstruct as well.
     """
 
     selects: ClassVar[bool] = False
-    per_feature: ClassVar[bool] = True
     from_gate: ClassVar[bool] = False
     penalties: ClassVar[tuple[str, ...]] = ("l1", "tanh")
 
@@ -44,6 +43,14 @@ class ActivationFunction(nn.Module):
         """The function's own arrays, which are saved with a coder."""
         return {name: array for name, array in self.items() if isinstance(array, mx.array)}
 
+    def of_block(self, i: int, features: slice) -> ActivationFunction:
+        """The function of the features of the `i`-th block by themselves."""
+        n = features.stop - features.start
+        part = make_activation_function(_name_of(self), n, self.options.get("k"))
+        for name, array in self.arrays.items():
+            part[name] = array[features]
+        return part
+
     def trained(self, threshold: mx.array) -> dict[str, mx.array]:
         """Initial values of the arrays that are trained together with the coder's; `threshold` is
         what as many pre-activations exceed as shall be active."""
@@ -53,9 +60,11 @@ class ActivationFunction(nn.Module):
         """Initial values of what is averaged over the steps."""
         return {}
 
-    def set_arrays(self, trained: Arrays, averaged: Arrays, gain: mx.array) -> None:
+    def set_arrays(
+        self, trained: Arrays, averaged: Arrays, gain: mx.array, scale: mx.array
+    ) -> None:
         """Take the arrays over from training, for pre-activations that are `gain` `[n_features]`
-        times larger."""
+        times larger, and values that are `scale` times what was compared in a selection."""
 
     def code(self, pre: mx.array, trained: Arrays, bandwidth: float) -> tuple[mx.array, mx.array]:
         """In training: the code `[batch, n_features]`, and the values `>= 0` that are penalised."""
@@ -75,11 +84,11 @@ class TopK(ActivationFunction):
     """
 
     selects = True
-    per_feature = False
 
-    def __init__(self, k: int):
+    def __init__(self, k: int, n_blocks: int = 1):
         super().__init__()
         self.k = k
+        self.n_blocks = n_blocks
 
     @property
     def options(self) -> dict[str, Any]:
@@ -93,13 +102,14 @@ class TopK(ActivationFunction):
         """The values of the code from the pre-activations of the selected pairs."""
         return mx.maximum(raw, 0)
 
-    def average(self, averaged: Arrays, values: mx.array) -> dict[str, mx.array]:
-        """What is averaged, one step later; `values` are those of the selected pairs."""
+    def average(self, averaged: Arrays, smallest: mx.array) -> dict[str, mx.array]:
+        """What is averaged, one step later; `smallest` is the smallest positive value that was
+        selected, of each block, and infinite where there is none."""
         return dict(averaged)
 
     def __call__(self, pre: mx.array) -> mx.array:
         """The code `[..., n_features]` for pre-activations of the same shape."""
-        rows = pre.reshape(-1, pre.shape[-1])
+        rows = pre.reshape(-1, pre.shape[-1] // self.n_blocks)
         indices = self._largest(mx.stop_gradient(rows))
         values = self.values(mx.take_along_axis(rows, indices, axis=-1))
         return scatter_code(values, indices, rows.shape[-1]).reshape(pre.shape)
@@ -143,18 +153,23 @@ class BatchTopK(TopK):
 
     momentum: ClassVar[float] = 0.99
 
-    def __init__(self, k: int):
-        super().__init__(k)
-        self.threshold = mx.array(0.0)
+    def __init__(self, k: int, n_blocks: int = 1):
+        super().__init__(k, n_blocks)
+        self.threshold = mx.zeros(() if n_blocks == 1 else (n_blocks,))
+
+    def of_block(self, i: int, features: slice) -> ActivationFunction:
+        part = BatchTopK(self.k)
+        part.threshold = self.threshold.reshape(-1)[i]
+        return part
 
     def select(self, pre: mx.array, k: int) -> Pairs:
         return select_from_batch(pre, k * len(pre))
 
     def averaged(self) -> dict[str, mx.array]:
-        return {"threshold": mx.array(0.0), "threshold_steps": mx.array(0.0)}
+        shape = self.threshold.shape
+        return {"threshold": mx.zeros(shape), "threshold_steps": mx.zeros(shape)}
 
-    def average(self, averaged: Arrays, values: mx.array) -> dict[str, mx.array]:
-        smallest = mx.where(values > 0, values, mx.inf).min()
+    def average(self, averaged: Arrays, smallest: mx.array) -> dict[str, mx.array]:
         usable = mx.isfinite(smallest)
         steps = averaged["threshold_steps"] + mx.where(usable, 1.0, 0.0)
         # The plain mean over the first steps, then the moving one.
@@ -163,11 +178,16 @@ class BatchTopK(TopK):
         new = old + weight * (mx.where(usable, smallest, old) - old)
         return {"threshold": new, "threshold_steps": steps}
 
-    def set_arrays(self, trained: Arrays, averaged: Arrays, gain: mx.array) -> None:
-        self.threshold = averaged["threshold"] * gain[0]
+    def set_arrays(
+        self, trained: Arrays, averaged: Arrays, gain: mx.array, scale: mx.array
+    ) -> None:
+        self.threshold = averaged["threshold"] * scale
 
     def __call__(self, pre: mx.array) -> mx.array:
-        return mx.where(pre > self.threshold, mx.maximum(pre, 0), 0)
+        threshold = self.threshold
+        if self.n_blocks > 1:
+            threshold = mx.repeat(threshold, pre.shape[-1] // self.n_blocks)
+        return mx.where(pre > threshold, mx.maximum(pre, 0), 0)
 
 
 class ReLU(ActivationFunction):
@@ -212,7 +232,9 @@ class JumpReLU(ActivationFunction):
     def trained(self, threshold: mx.array) -> dict[str, mx.array]:
         return {"log_threshold": mx.full(self.threshold.shape, mx.log(threshold))}
 
-    def set_arrays(self, trained: Arrays, averaged: Arrays, gain: mx.array) -> None:
+    def set_arrays(
+        self, trained: Arrays, averaged: Arrays, gain: mx.array, scale: mx.array
+    ) -> None:
         self.threshold = mx.exp(trained["log_threshold"]) * gain
 
     def code(self, pre: mx.array, trained: Arrays, bandwidth: float) -> tuple[mx.array, mx.array]:
@@ -276,7 +298,9 @@ class Gated(ActivationFunction):
         shape = self.offset.shape
         return {"log_gain": mx.zeros(shape), "offset": mx.zeros(shape)}
 
-    def set_arrays(self, trained: Arrays, averaged: Arrays, gain: mx.array) -> None:
+    def set_arrays(
+        self, trained: Arrays, averaged: Arrays, gain: mx.array, scale: mx.array
+    ) -> None:
         self.log_gain, self.offset = trained["log_gain"], trained["offset"] * gain
 
     def code(self, pre: mx.array, trained: Arrays, bandwidth: float) -> tuple[mx.array, mx.array]:
@@ -300,18 +324,28 @@ ACTIVATION_FUNCTIONS: dict[str, type[ActivationFunction]] = {
 }
 
 
-def make_activation_function(name: str, n_features: int, k: int | None) -> ActivationFunction:
-    """The named function; `k` counts for those that select.
+def _name_of(function: ActivationFunction) -> str:
+    return next(name for name, kind in ACTIVATION_FUNCTIONS.items() if type(function) is kind)
 
-    Raises `ValueError` for an unknown name and for a `k` outside `[1, n_features]`.
+
+def make_activation_function(
+    name: str, n_features: int, k: int | None, n_blocks: int = 1
+) -> ActivationFunction:
+    """The named function; those that select keep `k` of the features of each block.
+
+    Raises `ValueError` for an unknown name, for a `k` outside `[1, features of a block]`, and where
+    the blocks would not be equally large.
     """
     if name not in ACTIVATION_FUNCTIONS:
         raise ValueError(
             f"activation_function must be one of {sorted(ACTIVATION_FUNCTIONS)}, got {name!r}."
         )
     kind: Any = ACTIVATION_FUNCTIONS[name]
+    if n_features % n_blocks:
+        raise ValueError(f"n_features must be a multiple of {n_blocks}, got {n_features}.")
     if kind.selects:
-        if k is None or k != int(k) or not 1 <= k <= n_features:
-            raise ValueError(f"k must be in [1, n_features = {n_features}], got {k}.")
-        return kind(int(k))
+        n = n_features // n_blocks
+        if k is None or k != int(k) or not 1 <= k <= n:
+            raise ValueError(f"k must be in [1, n_features = {n}], got {k}.")
+        return kind(int(k), n_blocks)
     return kind() if kind is ReLU else kind(n_features)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import mlx.core as mx
 import numpy as np
 
 from mlxterp.sae import analysis, evals, steering, visualization
 from mlxterp.sae.coder import Columns, SparseCoder
+from mlxterp.sae.config import SAEConfig
 from mlxterp.sae.dataset import ActivationDataset
 from mlxterp.sae.files import write_directory
 from mlxterp.sae.source import ActivationSource, find_site
@@ -94,15 +95,27 @@ class BaseSAE(SparseCoder):
     """A trained coder with its origin, and the library's functions on it as methods."""
 
     kind: ClassVar[str]
+    may_skip: ClassVar[bool] = False
 
-    def __init__(self, reads: Columns, writes: Columns, n_features: int, **options: Any):
-        super().__init__(reads, writes, n_features, **options)
+    def __init__(
+        self, reads: Columns, writes: Columns, n_features: int, *args: Any, **options: Any
+    ):
+        super().__init__(reads, writes, n_features, *args, **options)
+        if self.has_skip and not self.may_skip:
+            raise ValueError(f"skip is for transcoders, not for a {type(self).__name__}.")
         self.metadata = Metadata()
         self.statistics = Statistics()
         self._source: ActivationSource | None = None
         self._training_data: ActivationDataset | None = None
         self._held_out: ActivationDataset | None = None
         self._examples: analysis.FeatureExamples | None = None
+
+    @classmethod
+    def untrained(cls, reads: Columns, writes: Columns, config: SAEConfig) -> Self:
+        """A coder of the config's size, counted from the mean width of the sites that it reads."""
+        n_features = config.n_features(round(reads.width / max(1, len(reads.names))))
+        name = config.activation_function
+        return cls(reads, writes, n_features, name, config.k, skip=config.skip)
 
     def bind(
         self,
@@ -200,7 +213,7 @@ class BaseSAE(SparseCoder):
             return ActivationDataset.from_texts(
                 self._model(model),
                 dataset,
-                list(self.reads.names),
+                list(self.reads.union(self.writes).names),
                 context_length=self.metadata.data.get("context_length"),
             )
         if remembered is None:
@@ -222,7 +235,8 @@ class BaseSAE(SparseCoder):
         if layer is None and component is not None:
             raise ValueError(f"component={component!r} says nothing without layer=...")
         reasons = []
-        for name, width in zip(self.reads.names, self.reads.widths, strict=True):
+        columns = self.reads.union(self.writes)
+        for name, width in zip(columns.names, columns.widths, strict=True):
             try:
                 found = model.width(name)
             except ValueError as error:
@@ -239,8 +253,8 @@ class BaseSAE(SparseCoder):
             except ValueError as error:
                 reasons.append(str(error))
             else:
-                if site not in self.reads.names:
-                    reasons.append(f"it reads {', '.join(self.reads.names)}, not {site}")
+                if site not in columns.names:
+                    reasons.append(f"it is of {', '.join(columns.names)}, not of {site}")
         return Compatibility(tuple(reasons))
 
     def to_config(self) -> dict[str, Any]:
@@ -251,6 +265,7 @@ class BaseSAE(SparseCoder):
             "reads": self.reads.to_list(),
             "writes": self.writes.to_list(),
             "n_features": self.n_features,
+            "skip": self.has_skip,
             "activation_function": {
                 "activation_function": self.activation_name,
                 **self.activation_function.options,
@@ -259,9 +274,10 @@ class BaseSAE(SparseCoder):
 
     def array_files(self) -> dict[str, dict[str, mx.array]]:
         """The arrays of the coder and of its activation function by the file that holds them."""
+        written = ("W_dec", "b_dec", "W_skip", "site_scale")
         return {
             "encoder.safetensors": {"W_enc": self.W_enc, **self.activation_function.arrays},
-            "decoder.safetensors": {"W_dec": self.W_dec, "b_dec": self.b_dec},
+            "decoder.safetensors": {name: self[name] for name in written if name in self},
             MARKER: {"b_enc": self.b_enc},
         }
 
@@ -285,7 +301,11 @@ class BaseSAE(SparseCoder):
 
     def __repr__(self) -> str:
         sites = ", ".join(self.reads.names)
+        if self.writes != self.reads:
+            sites += f" -> {', '.join(self.writes.names)}"
+        width = f"d_in={self.d_in}" + (f", d_out={self.d_out}" if self.d_out != self.d_in else "")
+        k = "" if self.k is None else f", k={self.k}"
         return (
-            f"{type(self).__name__}({sites}, d_in={self.d_in}, n_features={self.n_features}, "
-            f"{self.activation_name}{'' if self.k is None else f', k={self.k}'})"
+            f"{type(self).__name__}({sites}, {width}, n_features={self.n_features}, "
+            f"{self.activation_name}{k}{', skip' if self.has_skip else ''})"
         )

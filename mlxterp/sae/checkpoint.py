@@ -2,7 +2,7 @@
 
 config.json                everything that rebuilds the coder
 encoder.safetensors        W_enc, and the activation function's own arrays
-decoder.safetensors        W_dec, b_dec
+decoder.safetensors        W_dec, b_dec; W_skip, site_scale where the coder has them
 encoder_bias.safetensors   b_enc
 statistics.json            reports, firing rates, dead features
 metadata.json              model, data, training configuration, library version
@@ -15,10 +15,15 @@ from typing import Any
 
 from mlxterp.sae.base import CONFIG_FILE, FORMAT_VERSION, BaseSAE, Metadata, Statistics
 from mlxterp.sae.coder import Columns
+from mlxterp.sae.cross_layer import CrossLayerTranscoder
+from mlxterp.sae.crosscoder import Crosscoder
 from mlxterp.sae.files import read_arrays, read_json, recover
 from mlxterp.sae.sae import SAE
+from mlxterp.sae.transcoder import Transcoder
 
-KINDS: dict[str, type[BaseSAE]] = {SAE.kind: SAE}
+KINDS: dict[str, type[BaseSAE]] = {
+    kind.kind: kind for kind in (SAE, Transcoder, Crosscoder, CrossLayerTranscoder)
+}
 
 
 def load_sae(path: str | Path) -> BaseSAE:
@@ -78,6 +83,7 @@ def _empty_coder(file: Path) -> BaseSAE:
             _columns(config["reads"]),
             _columns(config["writes"]),
             int(config["n_features"]),
+            skip=bool(config.get("skip", False)),
             **config["activation_function"],
         )
     except (KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:

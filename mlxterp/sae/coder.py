@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -42,8 +42,22 @@ class Columns:
 
     def only(self, name: str) -> Columns:
         """The columns of one site by themselves; raises `ValueError` where there is none."""
-        _check_sites((name,), list(self.names))
-        return Columns((name,), (self.widths[self.names.index(name)],))
+        return self.those((name,))
+
+    def those(self, names: tuple[str, ...]) -> Columns:
+        """The columns of some sites, in that order; raises `ValueError` where one is missing."""
+        _check_sites(names, list(self.names))
+        return Columns(names, tuple(self.widths[self.names.index(name)] for name in names))
+
+    def union(self, others: Columns) -> Columns:
+        """These columns, followed by those of the other sites that are not among them."""
+        new = others.those(tuple(name for name in others.names if name not in self.names))
+        return Columns(self.names + new.names, self.widths + new.widths)
+
+    def has(self, others: Columns) -> bool:
+        """Whether all of the other sites are among these, with the same widths."""
+        found = dict(zip(self.names, self.widths, strict=True))
+        return dict(zip(others.names, others.widths, strict=True)).items() <= found.items()
 
     def to_list(self) -> list[dict[str, str | int]]:
         """Names and widths as plain values."""
@@ -68,14 +82,34 @@ def _check_sites(wanted: tuple[str, ...], found: list[str]) -> None:
         raise ValueError(f"Activations of {missing} are missing; got {found}.")
 
 
+@dataclass(frozen=True)
+class Block:
+    """Features that read the same columns and write the same columns.
+
+    `features` are among all features, `reads` and `writes` among the columns that the coder reads
+    and writes, `sites` among its write sites.
+    """
+
+    features: slice
+    reads: slice
+    writes: slice
+    sites: slice
+
+
 class SparseCoder(nn.Module):
     """A sparse code that reads some sites and writes some sites.
 
         pre = x @ W_enc.T + b_enc        x   [..., d_in]
         z   = activation_function(pre)   z   [..., n_features], few of them not zero
         y'  = z @ W_dec + b_dec          y'  [..., d_out]
+              (+ x @ W_skip.T            where the coder has a skip connection)
 
     Rows of `W_enc` `[n_features, d_in]` and of `W_dec` `[n_features, d_out]` belong to features.
+
+    In a coder of several `blocks` the features of each read and write some of the columns only, and
+    the activation function selects within a block. Of both matrices only these columns are stored:
+    `W_enc` is `[n_features, columns that a block reads]`, and `W_dec` has one row for every feature
+    and site that it writes.
     """
 
     def __init__(
@@ -85,38 +119,119 @@ class SparseCoder(nn.Module):
         n_features: int,
         activation_function: str = "topk",
         k: int | None = 100,
+        skip: bool = False,
     ):
         super().__init__()
-        function = make_activation_function(activation_function, n_features, k)
         self.reads = reads
         self.writes = writes
-        self.W_enc = mx.zeros((n_features, reads.width))
+        blocks = self.make_blocks(n_features)
+        function = make_activation_function(activation_function, n_features, k, len(blocks))
+        width = writes.width if len(blocks) == 1 else writes.widths[0]
+        n_rows = sum(_size(b.features) * _size(b.writes) for b in blocks) // width
+        self.W_enc = mx.zeros((n_features, _size(blocks[0].reads)))
         self.b_enc = mx.zeros((n_features,))
-        self.W_dec = mx.zeros((n_features, writes.width))
+        self.W_dec = mx.zeros((n_rows, width))
         self.b_dec = mx.zeros((writes.width,))
+        if skip:
+            self.W_skip = mx.zeros((writes.width, reads.width))
+        if len(writes.names) > 1:
+            self.site_scale = mx.ones((len(writes.names),))
         self.activation_name = activation_function
         self.activation_function = function
+
+    def make_blocks(self, n_features: int) -> tuple[Block, ...]:
+        """The blocks of that many features; one, which reads and writes everything."""
+        return (
+            Block(
+                slice(0, n_features),
+                slice(0, self.reads.width),
+                slice(0, self.writes.width),
+                slice(0, len(self.writes.names)),
+            ),
+        )
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The features that read and write the same columns, in order."""
+        return self.make_blocks(self.n_features)
 
     @property
     def n_features(self) -> int:
         """The number of features."""
-        return self.W_enc.shape[0]
+        return self.b_enc.shape[0]
 
     @property
     def d_in(self) -> int:
         """The width of what is read."""
-        return self.W_enc.shape[1]
+        return self.reads.width
 
     @property
     def d_out(self) -> int:
         """The width of what is written."""
-        return self.W_dec.shape[1]
+        return self.writes.width
 
     @property
     def k(self) -> int | None:
-        """The number of features that may be active on one token (with BatchTopK on average);
-        `None` where the activation function sets none."""
+        """The number of features of a block that may be active on one token (with BatchTopK on
+        average); `None` where the activation function sets none."""
         return self.activation_function.options.get("k")
+
+    @property
+    def has_skip(self) -> bool:
+        """Whether what is read also goes straight to what is written, by `W_skip`."""
+        return "W_skip" in self
+
+    def of_blocks(self, array: mx.array) -> list[mx.array]:
+        """The parts of an array that has a row for every feature, by block."""
+        ends = [block.features.stop for block in self.blocks]
+        return mx.split(array, ends[:-1]) if len(ends) > 1 else [array]
+
+    def decoder_blocks(self, W_dec: mx.array | None = None) -> list[mx.array]:
+        """The decoder of each block, `[its features, its write columns]`.
+
+        `W_dec` is an array of the shape of the coder's, by default that itself.
+        """
+        W_dec = self.W_dec if W_dec is None else W_dec
+        blocks = self.blocks
+        if len(blocks) == 1:
+            return [W_dec]
+        shapes = [(_size(block.features), _size(block.writes)) for block in blocks]
+        ends = itertools.accumulate(n * d // W_dec.shape[1] for n, d in shapes)
+        parts = mx.split(W_dec, list(ends)[:-1])
+        return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    def joined_decoder(self, parts: list[mx.array]) -> mx.array:
+        """The inverse of `decoder_blocks`."""
+        if len(parts) == 1:
+            return parts[0]
+        return mx.concatenate([part.reshape(-1, self.W_dec.shape[1]) for part in parts])
+
+    def direction(self, feature_id: int) -> mx.array:
+        """The decoder row `[d_out]` of a feature, 0 in the columns that it does not write."""
+        for block, rows in zip(self.blocks, self.decoder_blocks(), strict=True):
+            if feature_id < block.features.stop:
+                row = rows[feature_id - block.features.start]
+                return mx.pad(row, (block.writes.start, self.d_out - block.writes.stop))
+        raise IndexError(f"feature_id must be below {self.n_features}, got {feature_id}.")
+
+    def site_norms(self, W_dec: mx.array, block: Block) -> mx.array:
+        """The norms of a block's decoder rows at every site that it writes, `[n, n_sites]`."""
+        names, widths = self.writes.names[block.sites], self.writes.widths[block.sites]
+        parts = Columns(names, widths).slices.values()
+        return mx.stack([mx.linalg.norm(W_dec[:, part], axis=-1) for part in parts], axis=-1)
+
+    def decoder_norms(self) -> mx.array:
+        """The norm of each feature's decoder row at each write site, `[n_features, n_sites]`.
+
+        Sites differ in the size of their activations: these norms are in units of each, as in
+        training, which scales all sites to the same size (by `site_scale`).
+        """
+        n_sites = len(self.writes.names)
+        parts = [
+            mx.pad(self.site_norms(W, b), [(0, 0), (b.sites.start, n_sites - b.sites.stop)])
+            for W, b in zip(self.decoder_blocks(), self.blocks, strict=True)
+        ]
+        return mx.concatenate(parts) * self.get("site_scale", mx.ones((1,)))
 
     def _joined(self, x: mx.array | Mapping[str, mx.array]) -> mx.array:
         x = self.reads.join(x) if isinstance(x, Mapping) else mx.array(x)
@@ -128,7 +243,11 @@ class SparseCoder(nn.Module):
 
     def pre_activations(self, x: mx.array | Mapping[str, mx.array]) -> mx.array:
         """`x @ W_enc.T + b_enc`, `[..., n_features]`."""
-        return mx.addmm(self.b_enc, self._joined(x), self.W_enc.T)
+        x, parts = self._joined(x), (self.of_blocks(self.W_enc), self.of_blocks(self.b_enc))
+        return _joined_last(
+            mx.addmm(b, x[..., block.reads], W.T)
+            for block, W, b in zip(self.blocks, *parts, strict=True)
+        )
 
     def encode(self, x: mx.array | Mapping[str, mx.array]) -> mx.array:
         """The code `[..., n_features]` of an activation `[..., d_in]`.
@@ -137,15 +256,45 @@ class SparseCoder(nn.Module):
         """
         return self.activation_function(self.pre_activations(x))
 
+    def encode_block(self, i: int, x: mx.array) -> mx.array:
+        """The code `[..., its features]` of a block from the columns that it reads."""
+        block = self.blocks[i]
+        W_enc, b_enc = self.W_enc[block.features], self.b_enc[block.features]
+        pre = mx.addmm(b_enc, x.astype(W_enc.dtype), W_enc.T)
+        return self.activation_function.of_block(i, block.features)(pre)
+
     def decode(self, z: mx.array) -> mx.array:
-        """The reconstruction `[..., d_out]` of a code `[..., n_features]`."""
+        """The reconstruction `[..., d_out]` of a code `[..., n_features]`, without what a skip
+        connection adds."""
         z = mx.array(z)
         if z.ndim == 0 or z.shape[-1] != self.n_features:
             raise ValueError(
                 f"The code must have shape [..., {self.n_features}], got {tuple(z.shape)}."
             )
-        return z @ self.W_dec + self.b_dec
+        parts = [
+            self.in_place(z[..., block.features] @ W_dec, block)
+            for block, W_dec in zip(self.blocks, self.decoder_blocks(), strict=True)
+        ]
+        return sum(parts[1:], parts[0]) + self.b_dec
+
+    def in_place(self, written: mx.array, block: Block) -> mx.array:
+        """What a block writes, `[..., its columns]`, among all columns `[..., d_out]`."""
+        before, after = block.writes.start, self.d_out - block.writes.stop
+        if not before and not after:
+            return written
+        return mx.pad(written, [(0, 0)] * (written.ndim - 1) + [(before, after)])
 
     def __call__(self, x: mx.array | Mapping[str, mx.array]) -> mx.array:
         """The reconstruction `[..., d_out]` of what is written, from what is read."""
-        return self.decode(self.encode(x))
+        x = self._joined(x)
+        y_hat = self.decode(self.encode(x))
+        return y_hat + x @ self.W_skip.T if self.has_skip else y_hat
+
+
+def _size(part: slice) -> int:
+    return part.stop - part.start
+
+
+def _joined_last(parts: Iterable[mx.array]) -> mx.array:
+    arrays = list(parts)
+    return arrays[0] if len(arrays) == 1 else mx.concatenate(arrays, axis=-1)

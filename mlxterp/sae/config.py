@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import InitVar, asdict, dataclass, fields
 from typing import Any, Literal, Self, get_args
+
+import numpy as np
 
 from mlxterp.sae.activation_functions import ACTIVATION_FUNCTIONS
 
@@ -17,11 +19,13 @@ ActivationName = Literal["topk", "batch_topk", "abs_topk", "jumprelu", "relu", "
 Penalty = Literal["l1", "l0", "tanh", "quadratic"]
 LearningRateSchedule = Literal["constant", "linear", "cosine"]
 BiasInit = Literal["mean", "geometric_median"]
+SkipInit = Literal["zero", "least_squares"]
 Precision = Literal["float32", "bfloat16"]
 CHOICES = {
     "activation_function": ActivationName,
     "lr_schedule": LearningRateSchedule,
     "bias_init": BiasInit,
+    "skip_init": SkipInit,
     "precision": Precision,
 }
 
@@ -93,6 +97,15 @@ class SAEConfig:
     bias_init: BiasInit = "mean"
     """Where the decoder's bias starts: the mean of the data or, less moved by outliers, their
     geometric median."""
+    skip: bool = False
+    """Of transcoders: what is read also goes to the target through one matrix, so that the features
+    need to explain only what is not linear (arXiv 2501.18823)."""
+    skip_init: SkipInit = "zero"
+    """Where that matrix starts: `zero`, or what is best without any feature, `least_squares`."""
+    component_weights: Mapping[str, float] | Sequence[float] | None = None
+    """Of coders that write several sites: how much the error at each counts, by the name of the
+    site, its component or its model, or in the order of the sites; `None`: all alike. Only the
+    proportions count."""
     scale_init: bool = True
     """Scale the encoder at the start so that the first code reconstructs as well as it can."""
     precision: Precision = "float32"
@@ -157,7 +170,49 @@ class SAEConfig:
         inside = isinstance(prefixes, tuple) and all(_is_number(x) and 0 < x < 1 for x in prefixes)
         ascending = inside and list(prefixes) == sorted(set(prefixes))
         self._check("matryoshka_prefixes", "ascending shares in (0, 1)", lambda _: ascending)
+        self._check_component_weights()
         self._check_penalty()
+
+    def _check_component_weights(self) -> None:
+        weights = self.component_weights
+        if isinstance(weights, (list, np.ndarray)):
+            object.__setattr__(self, "component_weights", tuple(weights))
+        elif isinstance(weights, Mapping):
+            object.__setattr__(self, "component_weights", dict(weights))
+        allowed = "None, or numbers >= 0 that are not all 0, by site or in their order"
+
+        def holds(given: Any) -> bool:
+            values = given.values() if isinstance(given, Mapping) else given
+            right = isinstance(given, (Mapping, tuple)) and all(map(_is_number, values))
+            return given is None or (right and min(values, default=-1) >= 0 < max(values))
+
+        self._check("component_weights", allowed, holds)
+
+    def weights_of(self, sites: tuple[str, ...]) -> tuple[float, ...] | None:
+        """The `component_weights` of sites by their names; `None` where there are none.
+
+        Raises `ValueError` where they do not fit the sites.
+        """
+        given = self.component_weights
+        if given is None:
+            return None
+        found: list[float] = []
+        if isinstance(given, Mapping):
+            used = set()
+            for site in sites:
+                model, _, rest = site.rpartition(":")
+                keys = [site, rest, rest.rpartition(".")[2], model]
+                matching = [key for key in keys if key in given]
+                used |= set(matching[:1])
+                found += [given[key] for key in matching[:1]]
+            fits = used == set(given)
+        else:
+            found, fits = list(given), True
+        if not fits or len(found) != len(sites):
+            raise ValueError(
+                f"component_weights must hold one weight for each of {list(sites)}, got {given!r}."
+            )
+        return tuple(found)
 
     def _check_penalty(self) -> None:
         function = ACTIVATION_FUNCTIONS[self.activation_function]
@@ -249,7 +304,8 @@ class SAEConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as plain values."""
-        return {**asdict(self), "matryoshka_prefixes": list(self.matryoshka_prefixes)}
+        values = asdict(self)
+        return {n: list(v) if isinstance(v, tuple) else v for n, v in values.items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -259,3 +315,39 @@ class SAEConfig:
         if unknown:
             raise ValueError(f"Unknown settings {unknown}; known are {sorted(known)}.")
         return cls(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TranscoderConfig(SAEConfig):
+    """Settings of a transcoder: those of an SAE, with other defaults."""
+
+    expansion_factor: float = 8
+    k: int = 50
+    learning_rate: float = 5e-5
+    num_epochs: int = 15
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrosscoderConfig(SAEConfig):
+    """Settings of a crosscoder: those of an SAE, with other defaults.
+
+    `expansion_factor` counts features per dimension of one site. Features are selected, and
+    penalised, by their values times the norms of their decoder rows, summed over the sites.
+    """
+
+    expansion_factor: float = 24
+    k: int = 150
+    batch_size: int = 128
+    num_epochs: int = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossLayerConfig(TranscoderConfig):
+    """Settings of a cross-layer transcoder: those of a transcoder, for every layer.
+
+    `expansion_factor` and `k` count features of one layer. Decoder rows are free, and weigh in
+    selections and penalties as those of crosscoders do.
+    """
+
+    decoder_unit_norm: bool = False
+    resample_dead_every: int = 0

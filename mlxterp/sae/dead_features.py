@@ -98,7 +98,8 @@ def resample(
 
     norm = 0.2 * mean_of_living(mx.linalg.norm(W_enc, axis=-1))
     # The activation function's own arrays have one entry for each feature.
-    own = [name for name in params if name not in ("W_enc", "b_enc", "W_dec", "b_dec")]
+    others = ("W_enc", "b_enc", "W_dec", "b_dec", "W_skip")
+    own = [name for name in params if name not in others]
     new = {name: mx.full((len(dead),), mean_of_living(params[name])) for name in own}
     new |= {"W_dec": unit_rows(y[drawn]), "b_enc": mx.zeros((len(dead),))}
     if "W_enc" in params:

@@ -10,29 +10,36 @@ from mlxterp.sae.parallel import UNDIVIDED, Undivided
 TANH_SCALE = 4.0
 
 
-def squared_error(y_hat: mx.array, y: mx.array) -> mx.array:
-    """`mean_b sum_d (y_hat - y)^2 / d` for `[batch, d]` arrays.
+def squared_error(y_hat: mx.array, y: mx.array, importance: mx.array | None = None) -> mx.array:
+    """`mean_b sum_d importance_d (y_hat - y)^2 / d` for `[batch, d]` arrays.
 
     With activations normalised to a mean squared norm of d this is the fraction of the energy that
-    is not reconstructed, whatever the width.
+    is not reconstructed, whatever the width. `importance` `[d]` is 1 where it is not given.
     """
-    return (y_hat - y).square().sum(axis=0).sum() / y_hat.size
+    return _weighted((y_hat - y).square().sum(axis=0), importance).sum() / y_hat.size
 
 
-def nested_error(parts: mx.array, bias: mx.array, y: mx.array) -> tuple[mx.array, mx.array]:
+def nested_error(
+    parts: mx.array, bias: mx.array, y: mx.array, importance: mx.array | None = None
+) -> tuple[mx.array, mx.array]:
     """The mean over prefixes of the features of their `squared_error`, and the last residual.
 
         y_g = bias + sum of parts[:, :g + 1];  loss = mean_g squared_error(y_g, y)
 
-    `parts` `[batch, n_groups, d]` is what each group of features adds. With one group this is the
-    plain error. The residual is `y` minus the reconstruction of all features, `[batch, d]`.
+    `parts` `[batch, n_groups, d]` is what each group of features adds, `bias` `[d]` or `[batch, d]`
+    what is there without them. With one group this is the plain error. The residual is `y` minus
+    the reconstruction of all features, `[batch, d]`.
 
     Reference: Bussmann et al. 2025, Matryoshka SAEs, arXiv 2503.17547.
     """
     y_hats = mx.cumsum(parts, axis=1) if parts.shape[1] > 1 else parts
     residuals = (y - bias)[:, None] - y_hats
-    loss = residuals.square().sum(axis=0).sum() / residuals.size
+    loss = _weighted(residuals.square().sum(axis=0), importance).sum() / residuals.size
     return loss, residuals[:, -1]
+
+
+def _weighted(columns: mx.array, importance: mx.array | None) -> mx.array:
+    return columns if importance is None else columns * importance
 
 
 def l1(values: mx.array, norms: mx.array | float, n_tokens: int) -> mx.array:

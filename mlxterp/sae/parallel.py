@@ -27,8 +27,8 @@ from mlxterp.sae.processes import wait_for_all
 Parallel = Literal["data", "features"]
 Group = mx.distributed.Group
 
-# The one array that has no row for every feature.
-SHARED = "b_dec"
+# The arrays that have no row for every feature.
+SHARED = ("b_dec", "W_skip")
 
 # The stubs of MLX say that what it decorates returns `object`.
 _custom_function: Any = mx.custom_function
@@ -70,18 +70,21 @@ class Undivided:
         return array
 
     def select(
-        self, function: TopK, pre: mx.array, k: int, ordered: bool
+        self, function: TopK, pre: mx.array, k: int, ordered: bool, weights: mx.array | None = None
     ) -> tuple[Pairs, mx.array]:
         """The pairs of the batch that may be active, and their pre-activations `[n_pairs]`.
 
-        `pre` are those of `encoded_tokens`; with `ordered` each token's pairs are by feature.
+        `pre` are those of `encoded_tokens`; with `ordered` each token's pairs are by feature. The
+        largest are selected, times the features' `weights` where there are such.
         """
-        pairs = function.select(pre, k)
+        pairs = function.select(pre if weights is None else pre * weights, k)
         pairs = pairs.ordered() if ordered else pairs
         return pairs, pairs.at(pre)
 
-    def selected(self, values: mx.array, pairs: Pairs, k: int) -> mx.array:
-        """The values at the pairs, 0 where other processes have larger ones."""
+    def selected(
+        self, values: mx.array, pairs: Pairs, k: int, weights: mx.array | None = None
+    ) -> mx.array:
+        """The values at the pairs, 0 where other processes have larger ones, by their weight."""
         return values
 
     def largest(self, values: mx.array, k: int) -> mx.array:
@@ -106,9 +109,9 @@ class Undivided:
         """The squared norm of all gradients from those of each parameter."""
         return mx.stack(list(squares.values())).sum()
 
-    def with_smallest(self, values: mx.array) -> mx.array:
-        """Values of which the smallest positive one is that of all processes."""
-        return values
+    def smallest(self, values: mx.array) -> mx.array:
+        """The smallest positive value of all processes; infinite where there is none."""
+        return mx.where(values > 0, values, mx.inf).min()
 
     def shard(self, tree: dict[str, Any]) -> dict[str, Any]:
         """The own part of a state."""
@@ -181,18 +184,19 @@ class ByPairs(_Divided):
         return self._part(x)
 
     def select(
-        self, function: TopK, pre: mx.array, k: int, ordered: bool
+        self, function: TopK, pre: mx.array, k: int, ordered: bool, weights: mx.array | None = None
     ) -> tuple[Pairs, mx.array]:
         (n_own, n_features), n_tokens = pre.shape, len(pre) * self.size
         # All that the whole batch selects may lie on the tokens of one process.
         candidates = min(k * self.size, n_features) if isinstance(function, BatchTopK) else k
-        own, raw = super().select(function, pre, candidates, ordered)
+        own, raw = super().select(function, pre, candidates, ordered, weights)
         tokens, features, raw = map(
             self._joined, (own.tokens + self.rank * n_own, own.features, raw)
         )
         if not isinstance(function, BatchTopK):
             return Pairs(tokens, features, n_tokens, n_features, k), raw
-        best = mx.sort(top_k(raw[None], k * n_tokens)[0])
+        sizes = raw if weights is None else raw * weights[features]
+        best = mx.sort(top_k(sizes[None], k * n_tokens)[0])
         return Pairs(tokens[best], features[best], n_tokens, n_features, None), raw[best]
 
     def decode(
@@ -235,22 +239,30 @@ class ByFeatures(_Divided):
         return _with_identity_gradient(self._sum, array)
 
     def select(
-        self, function: TopK, pre: mx.array, k: int, ordered: bool
+        self, function: TopK, pre: mx.array, k: int, ordered: bool, weights: mx.array | None = None
     ) -> tuple[Pairs, mx.array]:
-        return super().select(function, pre, min(k, pre.shape[1]), ordered)
+        return super().select(function, pre, min(k, pre.shape[1]), ordered, weights)
 
-    def selected(self, values: mx.array, pairs: Pairs, k: int) -> mx.array:
+    def selected(
+        self, values: mx.array, pairs: Pairs, k: int, weights: mx.array | None = None
+    ) -> mx.array:
         n_rows = 1 if pairs.per_token is None else pairs.n_tokens
         k *= pairs.n_tokens // n_rows
-        return self.largest(values.reshape(n_rows, -1), k).reshape(-1)
+        sizes = values if weights is None else values * weights[pairs.features]
+        kept = self._among_largest(sizes.reshape(n_rows, -1), k).reshape(-1)
+        return mx.where(kept, values, 0)
 
     def largest(self, values: mx.array, k: int) -> mx.array:
+        return mx.where(self._among_largest(values, k), values, 0)
+
+    def _among_largest(self, values: mx.array, k: int) -> mx.array:
+        """True at the `k` values of each row that are largest over all processes."""
         n_rows, n = values.shape
         sizes = self._joined(mx.abs(mx.stop_gradient(values))[None])
         chosen = top_k(sizes.transpose(1, 0, 2).reshape(n_rows, self.size * n), k)
         # A count, so that on all processes the same ones win where values are equal.
         kept = mx.put_along_axis(mx.zeros((n_rows, self.size * n)), chosen, mx.array(1.0), axis=-1)
-        return mx.where(kept[:, self.rank * n : (self.rank + 1) * n] > 0, values, 0)
+        return kept[:, self.rank * n : (self.rank + 1) * n] > 0
 
     def looked_at(self, dead: mx.array, n: int) -> mx.array:
         living = self._joined(mx.where(dead, 0, 1))
@@ -262,12 +274,12 @@ class ByFeatures(_Divided):
         return tuple(min(max(bound - self.rank * n, 0), n) for bound in bounds)
 
     def summed_squares(self, squares: Mapping[str, mx.array]) -> mx.array:
-        own = mx.stack([square for name, square in squares.items() if name != SHARED])
-        return self._sum(own.sum()) + squares[SHARED]
+        own = mx.stack([square for name, square in squares.items() if name not in SHARED])
+        shared = mx.stack([square for name, square in squares.items() if name in SHARED])
+        return self._sum(own.sum()) + shared.sum()
 
-    def with_smallest(self, values: mx.array) -> mx.array:
-        smallest = mx.where(values > 0, values, mx.inf).min(keepdims=True)
-        return mx.distributed.all_min(smallest, group=self.group)
+    def smallest(self, values: mx.array) -> mx.array:
+        return mx.distributed.all_min(super().smallest(values)[None], group=self.group)[0]
 
     def shard(self, tree: dict[str, Any]) -> dict[str, Any]:
         return _rows(tree, self._part)
@@ -288,7 +300,7 @@ def _rows(tree: dict[str, Any], function: Any) -> dict[str, Any]:
         name: _rows(value, function)
         if isinstance(value, dict)
         else function(value)
-        if value.ndim and name != SHARED
+        if value.ndim and name not in SHARED
         else value
         for name, value in tree.items()
     }
@@ -318,6 +330,11 @@ def divide(parallel: Parallel | None, coder: SparseCoder, batch_size: int) -> Un
     if n % group.size():
         raise ValueError(
             f"{field} must be a multiple of the number of processes, {group.size()}, got {n}."
+        )
+    if parallel == "features" and len(coder.blocks) > 1:
+        raise ValueError(
+            f'parallel="features" divides coders of one block of features; this one has '
+            f'{len(coder.blocks)}. Use parallel="data".'
         )
     if parallel == "features":
         return ByFeatures(group)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -30,6 +30,8 @@ class ActivationSource(Protocol):
     def to_str_tokens(self, input: Any) -> list[str]: ...
 
     def site(self, layer: Any, component: str | None = None) -> Any: ...
+
+    def sites(self) -> Iterable[Any]: ...
 
     def width(self, site: Any) -> int: ...
 

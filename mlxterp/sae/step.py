@@ -38,7 +38,7 @@ def initial_state(params: dict[str, mx.array], coder: SparseCoder, config: SAECo
         **initial_counts(coder.n_features),
         "averaged": coder.activation_function.averaged(),
         "log_coefficient": mx.array(_first_coefficient(coder, config)).log(),
-        "mean_l0": mx.array(float(config.wanted_l0)),
+        "mean_l0": mx.array(_wanted_l0(coder, config)),
         "skipped": mx.array(0.0),
         "skipped_in_a_row": mx.array(0.0),
         "sums": zero_sums(),
@@ -48,6 +48,11 @@ def initial_state(params: dict[str, mx.array], coder: SparseCoder, config: SAECo
 def zero_sums() -> dict[str, mx.array]:
     """Metric sums over no step."""
     return {name: mx.array(0.0) for name in ("loss", "error", "energy", "l0", "n")}
+
+
+def _wanted_l0(coder: SparseCoder, config: SAEConfig) -> float:
+    """The number of active features that the run steers to, those of all blocks together."""
+    return float(config.wanted_l0 * len(coder.blocks))
 
 
 def _first_coefficient(coder: SparseCoder, config: SAEConfig) -> float:
@@ -60,28 +65,9 @@ def _first_coefficient(coder: SparseCoder, config: SAEConfig) -> float:
         return config.lambda_sparse
     if config.penalty in (None, "quadratic"):
         return 1.0
-    return (
-        FIRST_SHARE[config.penalty]
-        / config.wanted_l0
-        * ((config.wanted_l0 / coder.d_out) ** 0.5 if config.penalty == "l1" else 1)
-    )
-
-
-def _coefficient(state: State, share: mx.array, config: SAEConfig) -> mx.array:
-    """The penalty's coefficient in this step; `share` comes from the warm-up."""
-    log = state["log_coefficient"]
-    if config.steers_l0:
-        log = log + PROPORTIONAL * mx.log(mx.maximum(state["mean_l0"], 1e-3) / config.wanted_l0)
-    return share * mx.exp(log)
-
-
-def _steer(state: State, l0: mx.array, n_steps: int, config: SAEConfig) -> dict[str, mx.array]:
-    if not config.steers_l0:
-        return {}
-    mean = state["mean_l0"] + (l0 - state["mean_l0"]) / AVERAGED_STEPS
-    error = mx.log(mx.maximum(mean, 1e-3) / config.wanted_l0)
-    change = min(INTEGRAL, INTEGRAL_OF_RUN / n_steps) * mx.clip(error, -1, 1)
-    return {"mean_l0": mean, "log_coefficient": state["log_coefficient"] + change}
+    wanted = _wanted_l0(coder, config)
+    value = (wanted / coder.d_out) ** 0.5 if config.penalty == "l1" else 1
+    return FIRST_SHARE[config.penalty] / wanted * value
 
 
 @dataclass(frozen=True)
@@ -146,7 +132,7 @@ class StepBuilder:
         def differentiate(state: State, batch: mx.array, share: mx.array):
             x, y = self.split(batch)
             dead = dead_features(state, self.config.dead_neuron_threshold)
-            coefficient = _coefficient(state, share, self.config)
+            coefficient = self._coefficient(state, share)
             (loss, found), gradients = mx.value_and_grad(objective)(
                 state["params"], x, y, dead, coefficient
             )
@@ -169,14 +155,32 @@ class StepBuilder:
         function = self.coder.activation_function
         averaged = {}
         if isinstance(function, TopK):
-            averaged = {"averaged": function.average(state["averaged"], found["values"])}
+            averaged = {"averaged": function.average(state["averaged"], found["smallest"])}
         return {
             "fired": state["fired"] + found["firings"],
             "counted": state["counted"] + n_tokens,
             "sums": {name: total + read[name] for name, total in state["sums"].items()},
             **averaged,
-            **_steer(state, found["l0"], self.n_steps, self.config),
+            **self._steer(state, found["l0"]),
         }
+
+    def _coefficient(self, state: State, share: mx.array) -> mx.array:
+        """The penalty's coefficient in this step; `share` comes from the warm-up."""
+        log = state["log_coefficient"]
+        if self.config.steers_l0:
+            log = log + PROPORTIONAL * self._log_excess(state["mean_l0"])
+        return share * mx.exp(log)
+
+    def _steer(self, state: State, l0: mx.array) -> dict[str, mx.array]:
+        if not self.config.steers_l0:
+            return {}
+        mean = state["mean_l0"] + (l0 - state["mean_l0"]) / AVERAGED_STEPS
+        rate = min(INTEGRAL, INTEGRAL_OF_RUN / self.n_steps)
+        change = rate * mx.clip(self._log_excess(mean), -1, 1)
+        return {"mean_l0": mean, "log_coefficient": state["log_coefficient"] + change}
+
+    def _log_excess(self, l0: mx.array) -> mx.array:
+        return mx.log(mx.maximum(l0, 1e-3) / _wanted_l0(self.coder, self.config))
 
 
 def _skips(state: State, good: mx.array) -> State:

@@ -54,29 +54,47 @@ def surrogate(array: mx.array, slope: mx.array) -> mx.array:
 
 @dataclass(frozen=True)
 class Reference:
-    """The objective of a config; `bounds` are the ends of the nested prefixes, in features."""
+    """The objective of a config; `bounds` are the ends of the nested prefixes, in features.
+
+    `sites` are the columns of the write sites, `blocks` the features that select among themselves,
+    with the columns that they read and write; outside of these the matrices are zero.
+    """
 
     config: SAEConfig
     bounds: tuple[int, ...] = ()
     k_auxiliary: int = 0
+    sites: tuple[slice, ...] = (slice(None),)
+    blocks: tuple[tuple[slice, slice, slice], ...] = ((slice(None), slice(None), slice(None)),)
+    importance: np.ndarray | None = None
+
+    def weights(self, params):
+        """What features weigh in selections and penalties."""
+        if self.config.decoder_unit_norm and len(self.sites) == 1:
+            return mx.ones(params["b_enc"].shape, dtype=params["b_enc"].dtype)
+        # Of a row that is zero at a site the norm has no gradient.
+        squares = [(params["W_dec"][:, site] ** 2).sum(axis=1) for site in self.sites]
+        return sum(mx.where(s > 0, mx.sqrt(mx.where(s > 0, s, 1)), 0) for s in squares)
 
     def code(self, params, pre):
         """The code, the penalised values and the number of active features on each token."""
-        name, k = self.config.activation_function, self.config.k
+        name = self.config.activation_function
         if name == "gated":
             z = mx.maximum(mx.exp(params["log_gain"]) * pre + params["offset"], 0)
             return mx.where(pre > 0, z, 0), mx.maximum(pre, 0), None
         if name == "jumprelu":
             return self._jump(pre, threshold_of(params))
-        z = mx.maximum(pre, 0)
-        if name == "topk":
-            z = mx.where(keep_largest(pre, k), z, 0)
-        elif name == "batch_topk":
-            kept = keep_largest(pre.reshape(1, -1), k * len(pre)).reshape(pre.shape)
-            z = mx.where(kept, z, 0)
-        elif name == "abs_topk":
-            z = mx.where(keep_largest(mx.abs(pre), k), pre, 0)
+        z = pre if name == "abs_topk" else mx.maximum(pre, 0)
+        if name != "relu":
+            scores = pre * self.weights(params)
+            kept = [self._selected(name, scores[:, features]) for features, _, _ in self.blocks]
+            z = mx.where(mx.concatenate(kept, axis=1), z, 0)
         return z, mx.abs(z), None
+
+    def _selected(self, name, scores):
+        k = self.config.k
+        if name == "batch_topk":
+            return keep_largest(scores.reshape(1, -1), k * len(scores)).reshape(scores.shape)
+        return keep_largest(mx.abs(scores) if name == "abs_topk" else scores, k)
 
     def _jump(self, pre, threshold):
         width = self.config.bandwidth
@@ -91,33 +109,44 @@ class Reference:
         if name == "l0":
             return counts.mean()
         if name == "quadratic":
-            return (counts.mean() / self.config.wanted_l0 - 1) ** 2
-        norms = 1.0
-        if not self.config.decoder_unit_norm:
-            norms = mx.sqrt((params["W_dec"] ** 2).sum(axis=1))
-        weighted = penalised * norms
+            return (counts.mean() / (self.config.wanted_l0 * len(self.blocks)) - 1) ** 2
+        weighted = penalised * self.weights(params)
         return (mx.tanh(4 * weighted) if name == "tanh" else weighted).sum(axis=-1).mean()
 
     def auxiliary(self, params, pre, residual, dead):
-        pre = mx.where(dead, pre, -mx.inf)
-        z = mx.where(keep_largest(pre, self.k_auxiliary) & dead, mx.maximum(pre, 0), 0)
-        left = ((z @ params["W_dec"] - residual) ** 2).sum()
-        return left / ((residual - residual.mean(axis=0)) ** 2).sum()
+        """The mean of the blocks' auxiliary losses."""
+        terms = []
+        for features, _, writes in self.blocks:
+            left, own = residual[:, writes], dead[features]
+            pre_of = mx.where(own, pre[:, features], -mx.inf)
+            k = self.k_auxiliary if len(self.blocks) == 1 else left.shape[1] // 2
+            kept = keep_largest(pre_of, min(k, pre_of.shape[1])) & own
+            z = mx.where(kept, mx.maximum(pre_of, 0), 0)
+            error = ((z @ params["W_dec"][features, writes] - left) ** 2).sum()
+            terms.append(error / ((left - left.mean(axis=0)) ** 2).sum())
+        return sum(terms) / len(terms)
+
+    def error(self, y_hat, y):
+        squares = (y_hat - y) ** 2
+        return (squares if self.importance is None else squares * self.importance).mean()
 
     def __call__(self, params, x, y, dead, coefficient=None):
         """The loss and its terms; `coefficient` is the penalty's, by default the config's."""
         pre = x @ params.get("W_enc", params["W_dec"]).T + params["b_enc"]
         z, penalised, counts = self.code(params, pre)
+        bias = params["b_dec"]
+        if "W_skip" in params:
+            bias = bias + x @ params["W_skip"].T
         ends = (*self.bounds, z.shape[1])
-        y_hats = [z[:, :end] @ params["W_dec"][:end] + params["b_dec"] for end in ends]
-        loss = sum(((y_hat - y) ** 2).mean() for y_hat in y_hats) / len(ends)
+        y_hats = [z[:, :end] @ params["W_dec"][:end] + bias for end in ends]
+        loss = sum(self.error(y_hat, y) for y_hat in y_hats) / len(ends)
         terms = {"z": z, "error": ((y_hats[-1] - y) ** 2).mean()}
         if self.config.penalty:
             coefficient = self.config.lambda_sparse if coefficient is None else coefficient
             loss = loss + coefficient * self.penalty(params, penalised, counts)
         if self.config.activation_function == "gated":
-            frozen = {name: mx.stop_gradient(params[name]) for name in ("W_dec", "b_dec")}
-            loss = loss + ((penalised @ frozen["W_dec"] + frozen["b_dec"] - y) ** 2).mean()
+            decoded = penalised @ mx.stop_gradient(params["W_dec"]) + mx.stop_gradient(bias)
+            loss = loss + self.error(decoded, y)
         if self.k_auxiliary:
             residual = mx.stop_gradient(y - y_hats[-1])
             auxiliary = self.auxiliary(params, pre, residual, dead)

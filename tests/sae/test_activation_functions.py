@@ -1,3 +1,5 @@
+import math
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -12,8 +14,10 @@ from mlxterp.sae.activation_functions import (
     TopK,
     make_activation_function,
 )
+from mlxterp.sae.parallel import UNDIVIDED
 from tests.sae.reference import central_differences, threshold_gradient, trained_threshold
 
+ONE = mx.array(1.0)
 SHAPES = [(30,), (4, 30), (2, 3, 30), (4, 700), (1, 1)]
 
 
@@ -113,7 +117,7 @@ def test_the_threshold_is_a_plain_mean_at_first_and_then_a_moving_one():
     averaged, smallest = function.averaged(), np.random.default_rng(0).uniform(0.1, 1, 150)
     threshold = 0.0
     for step, value in enumerate(smallest, start=1):
-        averaged = function.average(averaged, mx.array([3.0, 0.0, -0.0, value, 2.0]))
+        averaged = function.average(averaged, mx.array(value))
         threshold += (value - threshold) * max(1 / step, 0.01)
         if step == 100:
             assert threshold == pytest.approx(smallest[:100].mean())
@@ -122,13 +126,13 @@ def test_the_threshold_is_a_plain_mean_at_first_and_then_a_moving_one():
 
 def test_a_step_without_any_active_feature_leaves_the_threshold():
     function = BatchTopK(2)
-    averaged = function.average(function.averaged(), mx.array([0.5, 0.25]))
-    after = function.average(averaged, mx.zeros((2,)))
+    averaged = function.average(function.averaged(), mx.array(0.25))
+    after = function.average(averaged, mx.array(math.inf))
     assert {name: array.item() for name, array in after.items()} == {
         "threshold": 0.25,
         "threshold_steps": 1,
     }
-    assert function.average(after, mx.array([0.75]))["threshold"].item() == 0.5
+    assert function.average(after, mx.array(0.75))["threshold"].item() == 0.5
 
 
 def trained_batch_top_k(k: int) -> BatchTopK:
@@ -137,8 +141,9 @@ def trained_batch_top_k(k: int) -> BatchTopK:
     averaged = function.averaged()
     for seed in range(200):
         pre = mx.array(normal(64, 100, seed=seed))
-        averaged = function.average(averaged, function.values(function.select(pre, k).at(pre)))
-    function.set_arrays({}, averaged, mx.ones((100,)))
+        values = function.values(function.select(pre, k).at(pre))
+        averaged = function.average(averaged, UNDIVIDED.smallest(values))
+    function.set_arrays({}, averaged, mx.ones((100,)), ONE)
     return function
 
 
@@ -192,14 +197,15 @@ def test_jump_relu_keeps_what_exceeds_the_threshold_unchanged():
     near(penalised, expected)
     counts = function.count(mx.array(pre), trained, BANDWIDTH)
     assert counts.tolist() == (pre > THRESHOLD).sum(axis=1).tolist()
-    function.set_arrays(trained, {}, mx.ones((4,)))
+    function.set_arrays(trained, {}, mx.ones((4,)), ONE)
     near(function.threshold, THRESHOLD)
     near(function(mx.array(pre)), expected)
 
 
 def test_jump_relu_starts_at_the_wanted_threshold():
     function = JumpReLU(4)
-    function.set_arrays(function.trained(mx.array(0.125)), {}, mx.array([1.0, 1.0, 2.0, 4.0]))
+    gain = mx.array([1.0, 1.0, 2.0, 4.0])
+    function.set_arrays(function.trained(mx.array(0.125)), {}, gain, ONE)
     near(function.threshold, np.array([0.125, 0.125, 0.25, 0.5]))
 
 
@@ -287,7 +293,7 @@ def test_gated_is_the_paper_s_two_maps_written_in_one():
     code, penalised = function.code(mx.array(pre.astype(np.float32)), to_mlx(trained), 1.0)
     near(code, of_the_paper(arrays))
     near(penalised, np.maximum(pre, 0))
-    function.set_arrays(to_mlx(trained), {}, mx.ones((8,)))
+    function.set_arrays(to_mlx(trained), {}, mx.ones((8,)), ONE)
     near(function(mx.array(pre.astype(np.float32))), of_the_paper(arrays))
 
 
@@ -365,18 +371,38 @@ def test_every_function_works_on_each_token_alone(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_blocks_of_features_are_selected_among_each_by_itself(name):
+    pre, blocks = mx.array(normal(40, N)), [slice(0, N // 2), slice(N // 2, N)]
+    function = make_activation_function(name, N, 3, n_blocks=2)
+    for i, (key, array) in enumerate(function.arrays.items()):
+        function[key] = mx.random.uniform(shape=array.shape, key=mx.random.key(i)) + 0.5
+    z = function(pre)
+    for i, part in enumerate(blocks):
+        alone = make_activation_function(name, N // 2, 3)
+        for key, array in function.arrays.items():
+            alone[key] = array[i] if name == "batch_topk" else array[part]
+        assert mx.array_equal(z[:, part], alone(pre[:, part]))
+        assert mx.array_equal(function.of_block(i, part)(pre[:, part]), z[:, part])
+
+
+def test_blocks_that_would_not_be_equally_large_are_refused():
+    with pytest.raises(ValueError, match="n_features must be a multiple of 3, got 20"):
+        make_activation_function("topk", 20, 3, n_blocks=3)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_codes_grow_with_their_pre_activations_once_folded(name):
     """With `gain` times larger pre-activations the folded function gives a `gain` times larger
     code."""
     function, folded = make_activation_function(name, N, 3), make_activation_function(name, N, 3)
     gain = mx.random.uniform(0.5, 2, (N,), key=mx.random.key(0))
-    if not function.per_feature:
+    if function.selects:
         gain = mx.full((N,), 1.7)
     trained = to_mlx(trained_threshold(np.linspace(0.2, 0.9, N)))
     trained |= {"log_gain": mx.linspace(-1, 1, N), "offset": mx.linspace(0.5, -0.5, N)}
     averaged = {"threshold": mx.array(0.4), "threshold_steps": mx.array(9.0)}
-    function.set_arrays(trained, averaged, mx.ones((N,)))
-    folded.set_arrays(trained, averaged, gain)
+    function.set_arrays(trained, averaged, mx.ones((N,)), ONE)
+    folded.set_arrays(trained, averaged, gain, mx.array(1.7))
     pre = mx.array(normal(30, N))
     near(folded(pre * gain), np.array(function(pre) * gain))
 

@@ -219,7 +219,7 @@ def test_an_unknown_version_is_named_beside_the_known_one(saved, version):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "quilt"}, r"'kind' must be one of \['sae'\], got 'quilt'"),
+        ({"kind": "quilt"}, r"'kind' must be one of \['cross_.*\], got 'quilt'"),
         ({"kind": ["sae"]}, "config.json"),
         ({"n_features": 2}, r"k must be in \[1, n_features = 2\]"),
         ({"n_features": "many"}, "does not describe a coder"),

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from mlxterp.sae.coder import Columns, SparseCoder
+from tests.sae.kinds import KINDS, dense_decoder, dense_encoder, make
 
 AB = Columns(("a", "b"), (2, 3))
 
@@ -29,6 +30,39 @@ def by_hand(coder: SparseCoder, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return z, z @ W_dec + b_dec
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_follows_the_formula_of_dense_matrices(kind):
+    coder, rng = make(kind, "relu"), np.random.default_rng(2)
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec", *(["W_skip"] if coder.has_skip else [])):
+        coder[name] = mx.array(rng.normal(size=coder[name].shape).astype(np.float32))
+    W_enc, W_dec = dense_encoder(coder).astype(np.float64), dense_decoder(coder).astype(np.float64)
+    x = rng.normal(size=(7, coder.d_in))
+    z = np.maximum(x @ W_enc.T + np.array(coder.b_enc), 0)
+    y = z @ W_dec + np.array(coder.b_dec)
+    total = y + (x @ np.array(coder.W_skip).T if coder.has_skip else 0)
+    x32 = mx.array(x.astype(np.float32))
+    near = {"rtol": 1e-4, "atol": 1e-4}
+    np.testing.assert_allclose(np.array(coder.encode(x32)), z, **near)
+    np.testing.assert_allclose(np.array(coder.decode(mx.array(z.astype(np.float32)))), y, **near)
+    np.testing.assert_allclose(np.array(coder(x32)), total, **near)
+    for i, block in enumerate(coder.blocks):
+        z_block = np.array(coder.encode_block(i, x32[:, block.reads]))
+        np.testing.assert_allclose(z_block, z[:, block.features], **near)
+    for i in range(coder.n_features):
+        np.testing.assert_allclose(np.array(coder.direction(i)), W_dec[i])
+    norms = [np.linalg.norm(W_dec[:, part], axis=1) for part in coder.writes.slices.values()]
+    np.testing.assert_allclose(np.array(coder.decoder_norms()), np.stack(norms, 1), **near)
+    parts = coder.decoder_blocks()
+    assert mx.array_equal(coder.joined_decoder(parts), coder.W_dec)
+
+
+def test_a_cross_layer_transcoder_stores_no_zero_blocks():
+    coder = make("cross-layer transcoder")
+    assert coder.W_enc.shape == (30, 6)
+    assert coder.W_dec.size == 15 * (5 + 5) + 15 * 5
+    assert not dense_decoder(coder.update({"W_dec": mx.ones((45, 5))}))[15:, :5].any()
+
+
 def test_columns_of_sites_lie_side_by_side():
     joined = AB.join({"b": mx.ones((4, 3)), "a": mx.zeros((4, 2))})
     assert joined[0].tolist() == [0, 0, 1, 1, 1]
@@ -42,6 +76,14 @@ def test_the_columns_of_one_site_stand_alone():
     assert AB.only("b") == Columns(("b",), (3,)) and AB.only("b").slices == {"b": slice(0, 3)}
     with pytest.raises(ValueError, match=r"\['c'\] are missing; got \['a', 'b'\]"):
         AB.only("c")
+
+
+def test_columns_are_joined_picked_and_looked_for():
+    other = Columns(("b", "c"), (3, 4))
+    assert AB.union(other) == Columns(("a", "b", "c"), (2, 3, 4))
+    assert AB.union(other).those(("c", "a")) == Columns(("c", "a"), (4, 2))
+    assert AB.has(AB.only("b")) and not AB.has(other)
+    assert not AB.has(Columns(("b",), (4,)))
 
 
 def test_a_missing_site_is_named():
@@ -116,7 +158,7 @@ ARRAYS = {
 def test_only_the_arrays_are_parameters(name):
     parameters = dict(random_coder(name=name).parameters())
     assert set(parameters.pop("activation_function")) == set(ARRAYS[name])
-    assert set(parameters) == {"W_enc", "b_enc", "W_dec", "b_dec"}
+    assert set(parameters) == {"W_enc", "b_enc", "W_dec", "b_dec", "site_scale"}
 
 
 @pytest.mark.parametrize("name", ARRAYS)

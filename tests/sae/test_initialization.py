@@ -5,8 +5,15 @@ import pytest
 from mlxterp.sae.activation_functions import ACTIVATION_FUNCTIONS
 from mlxterp.sae.coder import Columns, SparseCoder
 from mlxterp.sae.config import SAEConfig
-from mlxterp.sae.initialization import Normalisation, fold, geometric_median, initial_params
+from mlxterp.sae.initialization import (
+    Normalisation,
+    balanced_sizes,
+    fold,
+    geometric_median,
+    initial_params,
+)
 from mlxterp.sae.objective import Objective
+from tests.sae.kinds import KINDS, SITES, activations, make
 
 D, N, K, BATCH = 8, 40, 4, 64
 COLUMNS = Columns(("layers.0.mlp",), (D,))
@@ -228,11 +235,16 @@ def test_a_coder_of_two_widths_has_an_encoder_of_its_own():
 # Folding
 
 
-def trained_like(name: str, unit_norm: bool, tied: bool = False):
+def trained_like(kind: str, name: str, unit_norm: bool, tied: bool = False):
     """Arrays as training might leave them, away from all special values."""
-    raw = sample(offset=20.0) * mx.array(np.linspace(1, 9, D).astype(np.float32))
-    options = {"decoder_unit_norm": unit_norm, "tied_weights": tied}
-    coder, normalisation, config, params = start(name, raw, **options)
+    raw = activations(BATCH)
+    config = SAEConfig(
+        activation_function=name, k=K, decoder_unit_norm=unit_norm, tied_weights=tied,
+        resample_dead_every=0, skip="skip" in kind,
+    )  # fmt: skip
+    coder = make(kind, name, N, K)
+    normalisation = Normalisation.measure(raw, SITES, True, balanced_sizes(coder))
+    params = initial_params(coder, normalisation, SITES, config, raw)
     rng = np.random.default_rng(5)
     for part in params:
         noise = mx.array(rng.normal(size=params[part].shape).astype(np.float32))
@@ -240,40 +252,71 @@ def trained_like(name: str, unit_norm: bool, tied: bool = False):
     return raw, coder, normalisation, config, params
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("unit_norm", [True, False], ids=["unit rows", "free rows"])
+def codes_in_training(objective: Objective, params, x) -> np.ndarray:
+    codes = objective.codes(params, x)
+    parts = [c.values if c.pairs is None else c.pairs.dense(c.values) for c in codes]
+    return np.concatenate([np.array(part, np.float64) for part in parts], axis=1)
+
+
+CASES = [(kind, unit, False) for kind in KINDS for unit in (True, False)]
+CASES = [case for case in CASES if case[:2] != ("cross-layer transcoder", True)]
+CASES += [("sae", True, True), ("sae", False, True)]
+
+
+@pytest.mark.parametrize(("kind", "unit_norm", "tied"), CASES)
 @pytest.mark.parametrize("name", NAMES)
-def test_the_folded_coder_does_on_raw_activations_what_was_trained(name, unit_norm, tied):
-    raw, coder, normalisation, config, params = trained_like(name, unit_norm, tied)
+def test_the_folded_coder_does_on_raw_activations_what_was_trained(name, kind, unit_norm, tied):
+    raw, coder, normalisation, config, params = trained_like(kind, name, unit_norm, tied)
     averaged = coder.activation_function.averaged()
-    x = normalisation.apply(raw)
+    data = normalisation.apply(raw)
+    x, read = (SITES.take(a, coder.reads.names) for a in (data, raw))
     objective = Objective(coder, config, K)
-    code = objective.encode(params, x)
+    decoders = [np.array(W, np.float64) for W in coder.decoder_blocks(params["W_dec"])]
+    weights = np.concatenate([
+        sum(
+            np.linalg.norm(W[:, part.start - b.writes.start : part.stop - b.writes.start], axis=1)
+            for part in list(coder.writes.slices.values())[b.sites]
+        )
+        for W, b in zip(decoders, coder.blocks, strict=True)
+    ])  # fmt: skip
     if name == "batch_topk":
         # Half way between the smallest value that is kept and the largest that is not.
-        ordered = np.sort(np.maximum(np.array(code.pre), 0).reshape(-1))
-        averaged["threshold"] = mx.array(ordered[-K * BATCH - 1 : -K * BATCH + 1].mean())
-    z = code.values if code.pairs is None else code.pairs.dense(code.values)
-    expected = objective.reconstruct(params, x) / normalisation.scale + normalisation.centre
-    fold(params, averaged, normalisation, COLUMNS, coder)
+        thresholds = []
+        for block, code in zip(coder.blocks, objective.codes(params, x), strict=True):
+            scores = np.maximum(np.array(code.pre), 0) * weights[block.features]
+            ordered = np.sort(scores.reshape(-1))
+            thresholds.append(ordered[-K * BATCH - 1 : -K * BATCH + 1].mean())
+        shape = averaged["threshold"].shape
+        averaged["threshold"] = mx.array(np.array(thresholds, np.float32)).reshape(shape)
+    z = codes_in_training(objective, params, x)
+    scale, centre = (SITES.take(a, coder.writes.names) for a in
+                     (normalisation.scale, normalisation.centre))  # fmt: skip
+    expected = objective.reconstruct(params, x) / scale + centre
+    fold(params, averaged, normalisation, SITES, coder)
 
-    found = np.array(coder.encode(raw), np.float64)
-    norms = np.linalg.norm(np.array(params["W_dec"], np.float64), axis=1)
-    # In units of the raw activation, for decoder rows of norm 1.
-    gain = norms / np.array(normalisation.scale, np.float64)[0]
-    gain = gain if coder.activation_function.per_feature else np.full(N, gain.mean())
-    in_raw_units = np.array(z, np.float64) * gain
+    found = np.array(coder.encode(read), np.float64)
+    site_scales = [float(scale[part.start]) for part in coder.writes.slices.values()]
+    unit = np.exp(np.log(site_scales).mean())
+    in_raw_units = z * weights / unit
     assert (in_raw_units != 0).any() and (in_raw_units == 0).any()
     tolerance = 1e-4 * np.abs(in_raw_units).max()
     np.testing.assert_allclose(found, in_raw_units, rtol=1e-3, atol=tolerance)
-    y_hat, expected = np.array(coder(raw)), np.array(expected)
+    y_hat, expected = np.array(coder(read)), np.array(expected)
     np.testing.assert_allclose(y_hat, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
-
-    rows = np.linalg.norm(np.array(coder.W_dec, np.float64), axis=1)
-    if unit_norm or coder.activation_function.per_feature:
-        np.testing.assert_allclose(rows, 1, atol=1e-5)
+    norms = np.array(coder.decoder_norms(), np.float64)
+    if len(site_scales) == 1:
+        np.testing.assert_allclose(norms[:, 0], 1, atol=1e-5)
     else:
-        assert rows.mean() == pytest.approx(1, abs=1e-5) and rows.std() > 0.01
+        np.testing.assert_allclose(np.array(coder.site_scale), site_scales, rtol=1e-5)
+        np.testing.assert_allclose(norms.sum(axis=1), unit, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["crosscoder", "cross-layer transcoder"])
+def test_the_sites_that_are_written_are_scaled_to_one_size(name):
+    raw, coder, normalisation, *_ = trained_like(name, "topk", False)
+    data = np.array(normalisation.apply(raw), np.float64)
+    sizes = [(data[:, SITES.slices[site]] ** 2).sum(1).mean() for site in coder.writes.names]
+    np.testing.assert_allclose(sizes, coder.writes.width / len(coder.writes.names), rtol=1e-4)
 
 
 def test_arrays_without_normalisation_are_folded_as_they_are():

@@ -9,10 +9,10 @@ from mlxterp.sae.activation_functions import ACTIVATION_FUNCTIONS
 from mlxterp.sae.coder import Columns, SparseCoder
 from mlxterp.sae.config import SAEConfig
 from mlxterp.sae.objective import Objective
+from tests.sae.kinds import KINDS, dense_decoder, dense_encoder, make
 from tests.sae.reference import Reference, trained_threshold
 
 BATCH, N, K = 24, 30, 4
-SITES = Columns(("a", "b"), (6, 5))
 NAMES = sorted(ACTIVATION_FUNCTIONS)
 SELECTING = [name for name in NAMES if ACTIVATION_FUNCTIONS[name].selects]
 PREFIXES, BOUNDS = (0.2, 0.5), (6, 15)
@@ -24,28 +24,30 @@ def form(request, monkeypatch):
 
 
 class Problem:
-    """A coder that reads `a` and writes `b`, or where tied `a`; parameters, data, dead features."""
+    """A coder of one of the kinds; parameters, data, dead features."""
 
-    def __init__(self, name: str, tied: bool = False, seed: int = 0):
+    def __init__(self, name: str, tied: bool = False, seed: int = 0, kind: str = ""):
         rng = np.random.default_rng(seed)
-        writes = SITES.only("a" if tied else "b")
-        self.coder = SparseCoder(SITES.only("a"), writes, N, name, K)
-        d_out = writes.width
+        self.coder = make(kind or ("sae" if tied else "transcoder"), name, N, K)
+        d_in, d_out = self.coder.d_in, self.coder.d_out
+        rows = len(self.coder.W_dec)
         arrays = {
-            "W_dec": rng.normal(size=(N, d_out)) * rng.uniform(0.3, 0.7, (N, 1)),
+            "W_dec": rng.normal(size=self.coder.W_dec.shape) * rng.uniform(0.3, 0.7, (rows, 1)),
             "b_dec": rng.normal(size=d_out),
             "b_enc": 0.3 * rng.normal(size=N),
         }
         if not tied:
-            arrays["W_enc"] = 0.5 * rng.normal(size=(N, 6))
+            arrays["W_enc"] = 0.5 * rng.normal(size=self.coder.W_enc.shape)
+        if self.coder.has_skip:
+            arrays["W_skip"] = 0.5 * rng.normal(size=(d_out, d_in))
         if name == "jumprelu":
             arrays |= trained_threshold(rng.uniform(0.2, 0.9, N))
         if name == "gated":
             arrays |= {"log_gain": 0.5 * rng.normal(size=N), "offset": 0.5 * rng.normal(size=N)}
         self.params = {n: mx.array(a.astype(np.float32)) for n, a in arrays.items()}
-        self.x = mx.array(rng.normal(size=(BATCH, 6)).astype(np.float32))
+        self.x = mx.array(rng.normal(size=(BATCH, d_in)).astype(np.float32))
         self.y = mx.array((1 + rng.normal(size=(BATCH, d_out))).astype(np.float32))
-        if tied:
+        if self.coder.reads == self.coder.writes:
             self.y = self.x
         self.dead = np.isin(np.arange(N), rng.permutation(N)[:9])
 
@@ -58,10 +60,32 @@ class Problem:
         return loss.item(), found, gradients
 
     def reference(self, config: SAEConfig, n_revived: int = 0, coefficient: float = 0.0):
-        bounds = BOUNDS if config.matryoshka_prefixes else ()
-        k_auxiliary = self.y.shape[1] // 2 if n_revived else 0
-        reference = Reference(config, bounds, k_auxiliary)
-        return reference.gradients(self.params, self.x, self.y, self.dead, coefficient)
+        coder = self.coder
+        blocks = tuple((b.features, b.reads, b.writes) for b in coder.blocks)
+        weights = config.weights_of(coder.writes.names)
+        importance = None
+        if weights is not None:
+            importance = np.repeat(weights, coder.writes.widths)
+            importance = mx.array(importance / importance.mean(), mx.float64)
+        reference = Reference(
+            config,
+            bounds=BOUNDS if config.matryoshka_prefixes else (),
+            k_auxiliary=self.y.shape[1] // 2 if n_revived else 0,
+            sites=tuple(coder.writes.slices.values()),
+            blocks=blocks,
+            importance=importance,
+        )
+        params = dict(self.params)
+        if len(blocks) > 1:
+            params["W_enc"] = dense_encoder(coder, params["W_enc"])
+            params["W_dec"] = dense_decoder(coder, params["W_dec"])
+        loss, terms, gradients = reference.gradients(params, self.x, self.y, self.dead, coefficient)
+        if len(blocks) > 1:
+            W_enc, W_dec = gradients["W_enc"], gradients["W_dec"]
+            gradients["W_enc"] = np.concatenate([W_enc[f, r] for f, r, _ in blocks])
+            rows = [W_dec[f, w].reshape(-1, coder.W_dec.shape[1]) for f, _, w in blocks]
+            gradients["W_dec"] = np.concatenate(rows)
+        return loss, terms, gradients
 
 
 def config_of(name: str, **options) -> SAEConfig:
@@ -108,6 +132,18 @@ def test_functions_that_select_have_the_loss_and_gradients_of_the_dense_form(nam
     check_variant(name, variant)
 
 
+@pytest.mark.parametrize("unit_norm", [True, False], ids=["unit", "free"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_kind_has_the_loss_and_gradients_of_the_dense_form(name, kind, unit_norm, form):
+    problem = Problem(name, kind=kind)
+    weights = [1.0, 2.5] if len(problem.coder.writes.names) == 2 else None
+    config = config_of(
+        name, lambda_sparse=0.1, decoder_unit_norm=unit_norm, component_weights=weights
+    )
+    check(problem, config, n_revived=16, coefficient=0.1)
+
+
 @pytest.mark.parametrize("variant", VARIANTS, ids=IDS)
 @pytest.mark.parametrize("name", sorted(set(NAMES) - set(SELECTING)))
 def test_penalised_functions_have_the_loss_and_gradients_of_the_dense_form(name, variant):
@@ -145,7 +181,7 @@ def test_without_a_penalty_the_coefficient_does_not_count():
 
 
 def active(problem: Problem, config: SAEConfig) -> mx.array:
-    code = Objective(problem.coder, config, K).encode(problem.params, problem.x)
+    (code,) = Objective(problem.coder, config, K).codes(problem.params, problem.x)
     values = code.values if code.pairs is None else code.pairs.dense(code.values)
     return values != 0
 

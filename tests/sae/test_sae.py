@@ -21,9 +21,11 @@ def array(n=300) -> np.ndarray:
 
 def test_the_public_names_are_these():
     names = {
-        "SAE", "ActivationDataset", "Callback", "EarlyStopping", "JSONLLogger", "ProgressBar",
-        "SAEConfig", "SAETrainer", "StopTraining", "TensorBoardLogger", "TrackioLogger",
-        "TrainingError", "WandbLogger", "load_sae",
+        "SAE", "ActivationDataset", "Callback", "CrossLayerConfig", "CrossLayerTrainer",
+        "CrossLayerTranscoder", "Crosscoder", "CrosscoderConfig", "CrosscoderTrainer",
+        "EarlyStopping", "JSONLLogger", "ProgressBar", "SAEConfig", "SAETrainer", "StopTraining",
+        "TensorBoardLogger", "TrackioLogger", "TrainingError", "Transcoder", "TranscoderConfig",
+        "TranscoderTrainer", "WandbLogger", "load_sae",
     }  # fmt: skip
     assert set(mlxterp.sae.__all__) == names
     assert all(hasattr(mlxterp.sae, name) for name in names)
@@ -156,7 +158,7 @@ def test_bad_data_and_sites_are_errors(model):
     with pytest.raises(ValueError, match="layers.6.mlp"):
         train(model, 6, dataset=TEXTS, verbose=False)
     other = ActivationDataset.from_activations({"elsewhere": array()})
-    with pytest.raises(ValueError, match="the SAE is to read layers.0.mlp"):
+    with pytest.raises(ValueError, match="the SAE needs layers.0.mlp"):
         train(FakeSource(), 0, dataset=other, verbose=False)
 
 
@@ -331,7 +333,7 @@ def test_a_coder_is_compatible_with_its_model_and_site(sae, model):
 def test_every_reason_against_compatibility_is_given(sae, model):
     other_site = sae.is_compatible(model, layer=3, component="residual")
     assert not other_site
-    assert other_site.reasons == ("it reads layers.2.resid_post, not layers.3.resid_post",)
+    assert other_site.reasons == ("it is of layers.2.resid_post, not of layers.3.resid_post",)
     assert not sae.is_compatible(model, layer=2)
     assert "layers.99" in sae.is_compatible(model, layer=99).reasons[0]
 
@@ -367,7 +369,7 @@ def test_arrays_of_a_named_site_train_a_coder_that_knows_its_model():
     assert sae.find_top_features("abc")
     assert sae.evaluate()[1] is None
     with pytest.raises(
-        ValueError, match=r"read layers.0.mlp \(width 6\).*from_activations\(array, site=...\)"
+        ValueError, match=r"needs layers.0.mlp \(width 6\).*from_activations\(\{site: array\}\)"
     ):
         SAETrainer.train(FakeSource(width=6), 0, dataset=data, config=CONFIG, verbose=False)
 

@@ -1,0 +1,130 @@
+"""The crosscoder: one code for several sites, and the trainer that makes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlxterp.sae.base import BaseSAE
+from mlxterp.sae.coder import Columns
+from mlxterp.sae.config import CrosscoderConfig, SAEConfig
+from mlxterp.sae.dataset import ActivationDataset
+from mlxterp.sae.fitting import CoderTrainer, OnClassOrInstance, as_dataset, columns_of
+from mlxterp.sae.model_pair import ModelPair
+from mlxterp.sae.source import ActivationSource, find_site
+
+
+class Crosscoder(BaseSAE):
+    """One sparse code for the activations of several sites: components, layers, or two models.
+
+    A feature has one value and a decoder row at every site; the norms of these rows say where it is
+    at home. Features are selected, and penalised, by their value times the sum of these norms.
+
+    Reference: Lindsey et al. 2024, "Sparse Crosscoders for Cross-Layer Features and Model Diffing";
+    selection in a batch: Minder et al. 2025, arXiv 2504.02922.
+    """
+
+    kind = "crosscoder"
+
+    def __init__(
+        self, reads: Columns, writes: Columns, n_features: int, *args: Any, **options: Any
+    ):
+        if reads != writes or len(reads.names) < 2:
+            raise ValueError(
+                f"A crosscoder writes the several sites that it reads, got {reads} and {writes}."
+            )
+        super().__init__(reads, writes, n_features, *args, **options)
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The names of the sites."""
+        return self.reads.names
+
+
+class CrosscoderTrainer(CoderTrainer):
+    """Trains crosscoders: `fit` on activations, `train` from models and texts.
+
+    Its arguments are those of `SAETrainer`; `config=None` stands for the recommended recipe.
+    """
+
+    kind = Crosscoder
+    config_type = CrosscoderConfig
+
+    def fit(
+        self,
+        dataset: ActivationDataset | Any,
+        resume: bool = False,
+        *,
+        model: ActivationSource | None = None,
+    ) -> Crosscoder:
+        """A crosscoder of all sites of a dataset, or of `{site: array [n_tokens, d]}`.
+
+        A share `config.validation_split` is held out. Raises as `SAETrainer.fit` does.
+        """
+        dataset = as_dataset(dataset)
+        return self.fit_between(dataset.columns, dataset.columns, dataset, resume, model)
+
+    @OnClassOrInstance
+    def train(
+        self,
+        model: ActivationSource | None = None,
+        layer: Any = None,
+        components: Sequence[str] = (),
+        dataset: ActivationDataset | Iterable[str] = (),
+        layers: Sequence[Any] = (),
+        component: str | None = None,
+        sites: Sequence[Any] = (),
+        models: Sequence[ActivationSource] | Mapping[str, ActivationSource] = (),
+        config: SAEConfig | None = None,
+        validation_split: float | None = None,
+        save_path: str | Path | None = None,
+        resume: bool = False,
+        verbose: bool = True,
+    ) -> Crosscoder:
+        """A crosscoder of several sites of a model, or of one site in several models.
+
+        The sites are the `components` of a `layer`, one `component` (`mlp` where none is given)
+        of several `layers`, or any list of `sites` by their whole names. `models` with one
+        tokenizer, in a list or by name, are compared at the `component` of a `layer`: model
+        diffing. The result remembers models and data. Raises `ValueError` as `SAETrainer.train`
+        does, and for fewer than two sites.
+        """
+        if models:
+            source: Any = ModelPair(models)
+            wanted = source.sites_of(layer, component)
+        elif model is None:
+            raise ValueError("train needs a model, or models=[base, tuned].")
+        else:
+            source = model
+            wanted = _sites(model, layer, components, layers, component, sites)
+        columns = columns_of(source, wanted)
+        return self.train_between(
+            source, columns, columns, dataset, config=config, validation_split=validation_split,
+            save_path=save_path, resume=resume, verbose=verbose,
+        )  # fmt: skip
+
+
+def _sites(
+    model: ActivationSource,
+    layer: Any,
+    components: Sequence[str],
+    layers: Sequence[Any],
+    component: str | None,
+    sites: Sequence[Any],
+) -> list[Any]:
+    ways = {
+        "layer and components": [(layer, name) for name in components],
+        "layers": [(one, component) for one in layers],
+        "sites": [(site, None) for site in sites],
+    }
+    given = {name: found for name, found in ways.items() if found}
+    if len(given) != 1:
+        raise ValueError(
+            "A crosscoder's sites are given in one of three ways: a layer and components, layers "
+            f"and a component, or sites; got {list(given) or 'none'}."
+        )
+    (found,) = given.values()
+    if len(found) < 2:
+        raise ValueError(f"A crosscoder needs two or more sites, got {found}.")
+    return [find_site(model, *one) for one in found]
