@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from mlxterp.sae.coder import SparseCoder
 from mlxterp.sae.dataset import ActivationDataset
+from mlxterp.sae.model_pair import owner
 from mlxterp.sae.source import ActivationSource
 
 
@@ -263,15 +264,26 @@ def collect_examples(
 
 
 def logit_effects(
-    coder: SparseCoder, source: ActivationSource, feature_id: int, top_k: int = 10
+    coder: SparseCoder,
+    source: ActivationSource,
+    feature_id: int,
+    top_k: int = 10,
+    site: str | None = None,
 ) -> LogitEffects:
     """The tokens that a feature's decoder row promotes and suppresses most.
 
-    The row is read by the model's own final norm and head as if it were the residual stream.
-    Raises `ValueError` where it does not have the width of the stream.
+    The row is read by the model's own final norm and head as if it were the residual stream; of a
+    coder that writes several sites of one model the sum of the rows is, or that of one `site`.
+    Raises `ValueError` where it does not have the width of the stream, and for a coder that writes
+    several models where no site is named.
     """
-    row = coder.W_dec[check_feature(coder, feature_id)]
-    logits = np.array(source.unembed(row[None])[0].astype(mx.float32))
+    row = coder.direction(check_feature(coder, feature_id))
+    writes = coder.writes if site is None else coder.writes.only(site)
+    owners = [owner(source, name)[0] for name in writes.names]
+    if len(set(writes.widths)) > 1 or any(model is not owners[0] for model in owners):
+        raise ValueError(f"This coder writes {writes}: name one of its sites with site=...")
+    row = mx.stack([coder.writes.take(row, (name,)) for name in writes.names]).sum(axis=0)
+    logits = np.array(owners[0].unembed(row[None])[0].astype(mx.float32))
     order = np.argsort(logits)
     named = [
         tuple((source.to_str_tokens([int(i)])[0], float(logits[i])) for i in ids)

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from mlxterp.sae.store import (
     Layout,
     Store,
     all_parts,
+    read_corpus,
     read_index,
 )
 from mlxterp.version import __version__
@@ -46,7 +48,7 @@ logger = logging.getLogger("mlxterp")
 
 SHARD_TOKENS = 1 << 16
 SHARD_BYTES = 512 << 20
-WRITES_AHEAD = 4
+WRITES_AHEAD = 2
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,12 @@ class HarvestPlan:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Cache:
     """The activations of a corpus, to be kept in a directory of their own in `cache_dir`.
 
     Its name says the sites and, by a hash, model, text and everything else that they depend on.
+    Once it has been written there the `corpus` is the one on the disk, mapped into memory.
     """
 
     source: ActivationSource
@@ -81,7 +84,7 @@ class Cache:
     drop_outliers: bool
     verbose: bool = False
 
-    @property
+    @cached_property
     def identity(self) -> dict[str, Any]:
         """What the activations depend on."""
         corpus, columns = self.corpus, self.layout.columns
@@ -139,13 +142,17 @@ class Cache:
         processes.wait_for_all()
         limits = self._limits()
         mine = list(self.shards)[processes.rank() :: processes.count()]
-        missing = [name for name in mine if self._noted(name) is None]
+        noted = {name: self._noted(name) for name in mine}
+        missing = [name for name, found in noted.items() if found is None]
         if missing:
-            self._check_disk(len(missing))
-            self._harvest(missing, limits)
+            plan = self._plan(len(missing))
+            self.corpus = self._written()
+            noted |= self._harvest(missing, limits, plan.n_tokens)
         processes.wait_for_all()
         if processes.rank() == 0:
-            self._write_index(limits, {name: self._noted(name) for name in self.shards})
+            others = [name for name in self.shards if name not in noted]
+            noted |= {name: self._noted(name) for name in others}
+            self._write_index(limits, dict(sorted(noted.items())))
         processes.wait_for_all()
         return self._opened()
 
@@ -154,8 +161,12 @@ class Cache:
         if not store.chunks:
             n = self.corpus.n_tokens
             raise ValueError(f"None of the {n:,} activations is finite, or none is no outlier.")
-        store.corpus  # noqa: B018 - raises where it is damaged
+        self.corpus = self._written()  # raises where it is damaged
         return store
+
+    def _written(self) -> Corpus:
+        """The corpus on the disk."""
+        return read_corpus(self.path / CORPUS_FILE, self.identity["corpus"])
 
     def remake(self, damaged: Path) -> Store:
         """The store with one of its shards harvested again."""
@@ -178,9 +189,11 @@ class Cache:
         for left in self.path.glob(f"*{UNFINISHED}"):
             left.unlink()
         with contextlib.suppress(ValueError):  # a new one, or damaged
-            index = read_index(self.path)
-            if Store(self.path, self.layout, [], index).corpus is not None:
+            read_index(self.path)
+            if self._written().fingerprint == self.identity["corpus"]["fingerprint"]:
                 return
+        if self.corpus.fingerprint != self.identity["corpus"]["fingerprint"]:
+            raise DamagedShard(self.path / CORPUS_FILE, "was damaged while it was in use.")
         arrays = {"tokens": self.corpus.tokens, "owners": self.corpus.owners}
         scratch = self.path / f"{CORPUS_FILE}{UNFINISHED}"
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, scratch)
@@ -214,8 +227,8 @@ class Cache:
         os.replace(scratch, self.path / INDEX_FILE)
         sync(self.path)
 
-    def _check_disk(self, n_missing: int) -> None:
-        """Say what is to come; raises `OSError` where it does not fit."""
+    def _plan(self, n_missing: int) -> HarvestPlan:
+        """What is to come, which is said; raises `OSError` where it does not fit."""
         started = time.perf_counter()
         self._measure()  # a few thousand tokens from everywhere
         rate = (time.perf_counter() - started) / min(len(self.corpus), self.corpus.rows_per_forward)
@@ -233,23 +246,26 @@ class Cache:
                 f"{self.path} needs {plan.n_bytes:,} bytes for {n_tokens:,} tokens, and {free:,} "
                 "are free. Lower max_samples, or take precision='int8' or another cache_dir",
             )
+        return plan
 
-    def _harvest(self, names: list[str], limits: NormLimits) -> None:
+    def _harvest(self, names: list[str], limits: NormLimits, n_tokens: int) -> dict[str, Any]:
+        """Make some shards; the numbers that are noted in each."""
         shards = self.shards
-        n_contexts = sum(len(shards[name]) for name in names)
-        total = round(self.corpus.n_tokens * n_contexts / len(self.corpus))
         with (
-            tqdm(total=total, desc="harvesting", unit="tok", unit_scale=True,
+            tqdm(total=n_tokens, desc="harvesting", unit="tok", unit_scale=True,
                  disable=not self.verbose) as bar,
             _in_background() as later,
         ):  # fmt: skip
-            for name in names:
-                self._harvest_shard(self.path / name, shards[name], limits, later, bar)
+            return {
+                name: self._harvest_shard(self.path / name, shards[name], limits, later, bar)
+                for name in names
+            }
 
     def _harvest_shard(
         self, path: Path, contexts: np.ndarray, limits: NormLimits, later: Later, bar: Any
-    ) -> None:
-        corpus, layout = self.corpus, self.layout
+    ) -> dict[str, int]:
+        # Mapped again for each shard: what is read of a mapping stays in memory while it lasts.
+        corpus, layout = self._written(), self.layout
         most = len(contexts) * corpus.context
         writer = ShardWriter(path, all_parts(layout), layout.chunk_rows, most)
         noted = {"n_tokens": 0, "n_not_finite": 0, "n_outliers": 0}
@@ -266,6 +282,7 @@ class Cache:
         except BaseException:
             writer.abort()
             raise
+        return noted
 
 
 Later = Callable[..., None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
+from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -43,25 +43,35 @@ class Corpus:
         context: int,
         max_tokens: int | None = None,
         separate: bool = False,
+        seed: int | None = None,
     ) -> Corpus:
-        """Tokenise texts, chats and token ids, reading no more than `max_tokens` need.
+        """Tokenise texts, chats and token ids, reading no more than `max_tokens` that count need.
 
-        Raises `ValueError` where there is no document, or none with a token.
+        With a `seed` the documents are then put in random order. Raises `ValueError` where there is
+        no document, or none with a token.
         """
-        bodies, bos, total = [], None, 0
+        special, left, bos = source.special_token_ids, max_tokens, None
+        joined, ends = array("i"), [0]
         for ids in encoded(source, documents):
-            if len(ids) and ids[0] in source.special_token_ids:
+            if len(ids) and ids[0] in special:
                 bos = int(ids[0])
-            body = without_special_ends(ids, source.special_token_ids)
-            body = body if max_tokens is None else body[: max_tokens - total]
-            if len(body):
-                bodies.append(np.array(body, dtype=np.int32))
-                total += len(body)
-            if max_tokens is not None and total >= max_tokens:
+            body = np.array(without_special_ends(ids, special), np.int32)
+            if not len(body):
+                continue
+            if left is not None:
+                counted = np.cumsum(~np.isin(body, list(special)))
+                body = body[: 1 + np.searchsorted(counted, left)]
+                left -= min(left, int(counted[-1]))
+            joined.frombytes(body.tobytes())
+            ends.append(len(joined))
+            if left == 0:
                 break
-        if not bodies:
+        if not joined:
             raise ValueError("The dataset is empty: it must hold at least one text with a token.")
-        return cls.pack(bodies, context, bos, source.special_token_ids, separate)
+        flat, n = np.frombuffer(joined, np.int32), len(ends) - 1
+        order = range(n) if seed is None else np.random.default_rng(seed).permutation(n)
+        bodies = (flat[ends[i] : ends[i + 1]] for i in order)
+        return cls.pack(bodies, context, bos, special, separate)
 
     @classmethod
     def pack(
@@ -73,13 +83,13 @@ class Corpus:
         separate: bool = False,
     ) -> Corpus:
         """Documents of token ids, without the special ones at their ends, one after another."""
-        rows = pack(documents, context, bos_id=bos_id, separate=separate)
-        parts: tuple[list[np.ndarray], list[np.ndarray]] = [], []
-        while block := list(itertools.islice(rows, CONTEXTS_PER_BLOCK)):
-            for part, arrays in zip(parts, zip(*block, strict=True), strict=True):
-                part.append(np.stack(arrays))
-        tokens, owners = map(np.concatenate, parts)
-        return cls(tokens, owners, bos_id, special, separate)
+        # Python's arrays grow where they are; of lists of blocks a copy would have to be made.
+        tokens, owners = array("i"), array("i")
+        for row, numbers in pack(documents, context, bos_id=bos_id, separate=separate):
+            tokens.frombytes(row.tobytes())
+            owners.frombytes(numbers.tobytes())
+        packed = [np.frombuffer(part, np.int32).reshape(-1, context) for part in (tokens, owners)]
+        return cls(packed[0], packed[1], bos_id, special, separate)
 
     def __len__(self) -> int:
         """The number of contexts."""
@@ -122,8 +132,8 @@ class Corpus:
         digest = hashlib.sha256(
             repr((self.tokens.shape, self.bos_id, sorted(self.special))).encode()
         )
-        for array in (self.tokens, self.owners):
-            bits: Any = np.ascontiguousarray(array)
+        for part in (self.tokens, self.owners):
+            bits: Any = np.ascontiguousarray(part)
             digest.update(bits)
         return digest.hexdigest()
 
@@ -147,16 +157,14 @@ class Corpus:
 
         A single document is cut in two.
         """
-        documents = self.bodies()
-        if len(documents) == 1:
-            (document,) = documents
+        if len(self._starts) == 1:
+            (document,) = self.bodies()
             cut = min(max(1, round(len(document) * (1 - share))), len(document) - 1)
             return self._of([document[:cut]]), self._of([document[cut:]])
-        held_out = _draw([len(d) for d in documents], share, np.random.default_rng(seed))
-        return (
-            self._of(d for i, d in enumerate(documents) if i not in held_out),
-            self._of(d for i, d in enumerate(documents) if i in held_out),
-        )
+        sizes = np.add.reduceat(self.owners.reshape(-1) >= 0, self._starts, dtype=np.int64)
+        held_out = _draw(sizes.tolist(), share, np.random.default_rng(seed))
+        rest = [i for i in range(len(sizes)) if i not in held_out]
+        return self._of(self.bodies(rest)), self._of(self.bodies(sorted(held_out)))
 
     def between(self, start: int, end: int) -> Corpus:
         """The contexts of some positions, of which no others count."""
@@ -169,17 +177,24 @@ class Corpus:
 
     def shuffled(self, seed: int) -> Corpus:
         """The same documents in another order."""
-        documents = self.bodies()
-        order = np.random.default_rng(seed).permutation(len(documents))
-        return self._of(documents[i] for i in order)
+        order = np.random.default_rng(seed).permutation(len(self._starts))
+        return self._of(self.bodies(order))
 
-    def bodies(self) -> list[np.ndarray]:
-        """The token ids of each document."""
+    def bodies(self, order: Iterable[int] | None = None) -> Iterator[np.ndarray]:
+        """The token ids of each document, or of those named, in this order."""
+        tokens, owners = self.tokens.reshape(-1), self.owners.reshape(-1)
+        ends = [*self._starts[1:], owners.size]
+        for i in range(len(ends)) if order is None else order:
+            span = slice(self._starts[i], ends[i])
+            yield tokens[span][owners[span] >= 0]
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        """Where each document begins in the flattened tokens, `[n_documents]`."""
         owners = self.owners.reshape(-1)
-        inside = owners >= 0
-        ends = np.cumsum(np.bincount(owners[inside]))
-        found = np.split(self.tokens.reshape(-1)[inside], ends[:-1])
-        return [document for document in found if len(document)]
+        changes = np.append(0, 1 + np.flatnonzero(owners[1:] != owners[:-1]))
+        inside = changes[owners[changes] >= 0]
+        return inside[np.unique(owners[inside], return_index=True)[1]]
 
     def _of(self, documents: Iterable[np.ndarray]) -> Corpus:
         return self.pack(documents, self.context, self.bos_id, self.special, self.separate)

@@ -55,15 +55,16 @@ class ActivationDataset(Activations):
         verbose: bool = False,
     ) -> ActivationDataset:
         """Activations of a model over texts, chats (lists of messages) or lists of token ids, or
-        over what a path or a dataset's name on the Hub holds; see `documents.read`.
+        over what a path or a dataset's name on the Hub holds; see `documents.read`. A `Corpus` is
+        taken as it has been packed.
 
         `layer` and `component` (`mlp` where none is given) name the site; `layer` may also be the
         site's whole name, or a list that joins several. Documents are packed back to back into
         contexts of `context_length` tokens (default: 256, or what the model takes), or with
-        `separate_documents` into contexts of their own; long ones go over several. `max_samples`
-        bounds the number of tokens. Special tokens are left out, and what is not finite. Tokens
-        whose norm is more than `outlier_norm` times the median are counted, and with
-        `drop_outliers` left out.
+        `separate_documents` into contexts of their own; long ones go over several. Special
+        tokens are left out, and what is not finite; `max_samples` bounds the number of all other
+        tokens. Those whose norm is more than `outlier_norm` times the median are counted, and
+        with `drop_outliers` left out.
 
         With a `cache_dir` the activations are harvested now, to a directory of their own in it,
         unless they are there already, and kept with the given `precision`: `bfloat16`, `float16`,
@@ -74,40 +75,29 @@ class ActivationDataset(Activations):
         if max_samples is not None and max_samples < 1:
             raise ValueError(f"max_samples must be >= 1, got {max_samples}.")
         columns = _columns(model, layer, component)
-        found = Corpus.from_documents(
-            model, documents.read(texts), context, max_samples, separate_documents
-        )
-        return cls._of_corpus(
-            model, found, columns, shuffle=shuffle, buffer_bytes=buffer_bytes,
-            outlier_norm=outlier_norm, drop_outliers=drop_outliers, cache_dir=cache_dir,
-            precision=precision, verbose=verbose,
-        )  # fmt: skip
-
-    @classmethod
-    def _of_corpus(
-        cls,
-        model: ActivationSource,
-        found: Corpus,
-        columns: Columns,
-        *,
-        shuffle: bool = True,
-        buffer_bytes: int = DEFAULT_BUFFER_BYTES,
-        outlier_norm: float = OUTLIER_NORM,
-        drop_outliers: bool = False,
-        cache_dir: str | Path | None = None,
-        precision: Precision = "bfloat16",
-        verbose: bool = False,
-    ) -> ActivationDataset:
         if not outlier_norm > 1:
             raise ValueError(f"outlier_norm must be > 1, got {outlier_norm}.")
         layout = Layout(columns, precision)
         options: Any = {"shuffle": shuffle, "buffer_bytes": buffer_bytes, "verbose": verbose}
+        seed = 0 if shuffle and cache_dir is not None else None
+        if not isinstance(texts, Corpus):
+            found = documents.read(texts)
+            corpus = Corpus.from_documents(
+                model, found, context, max_samples, separate_documents, seed
+            )
+        elif (context_length, max_samples, separate_documents) == (None, None, False):
+            corpus = texts if seed is None else texts.shuffled(seed)
+        else:
+            raise ValueError(
+                "context_length, max_samples and separate_documents must be left out for a corpus, "
+                "which is packed already."
+            )
         if cache_dir is None:
             outliers = outlier_norm, drop_outliers
-            return cls(columns, source=model, corpus=found, outliers=outliers, **options)
-        found = found.shuffled(0) if shuffle else found
+            return cls(columns, source=model, corpus=corpus, outliers=outliers, **options)
         place = Path(cache_dir)
-        cache = Cache(model, found, layout, place, outlier_norm, drop_outliers, verbose)
+        cache = Cache(model, corpus, layout, place, outlier_norm, drop_outliers, verbose)
+        del corpus  # for the one on the disk
         return cls(columns, source=model, store=cache.open(), cache=cache, **options)
 
     @classmethod
@@ -212,7 +202,7 @@ class ActivationDataset(Activations):
             max_tokens=max_samples, diversity_metric=diversity_metric,
             min_activation_norm=min_activation_norm, deduplicate=deduplicate, verbose=verbose,
         )  # fmt: skip
-        dataset = cls._of_corpus(model, chosen, columns, verbose=verbose, **options)
+        dataset = cls.from_texts(model, chosen, layer, component, verbose=verbose, **options)
         dataset.report = report
         return dataset
 
@@ -224,9 +214,9 @@ class ActivationDataset(Activations):
 
         A path is that of a directory of such arrays, as `.npy` or `.safetensors` files, which are
         read from there as they are needed, or of one for `open`. Rows of arrays that are not finite
-        are left out and counted in `n_skipped`; those in files are not looked at, and training
-        skips the batches that they are in. Raises `ValueError` for other shapes and where
-        nothing is left.
+        are left out and counted in `n_skipped`; those in files are counted when they are first
+        read, with a warning, and training skips the batches that they are in. Raises `ValueError`
+        for other shapes and where nothing is left.
         """
         if isinstance(activations, (str, Path)):
             store = Store.of_directory(Path(activations), site)

@@ -9,8 +9,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlxterp.sae.source import ActivationSource
-from mlxterp.sites import UnknownSiteError
+from mlxterp.sae.source import ActivationSource, find_site
+from mlxterp.sites import Site, UnknownSiteError
 
 TOKENIZER_PROBES = (
     "The quick brown fox jumps over the lazy dog.",
@@ -25,6 +25,20 @@ ONE_TOKENIZER = (
     "If they were trained on the ids of one, give it to all: "
     "InterpretableModel(model, tokenizer=base.tokenizer)"
 )
+
+
+class PairSite(str):
+    """The name of a site of one of the models, `base:layers.3.mlp`."""
+
+    @property
+    def layer(self) -> int | None:
+        """The layer of the site."""
+        return Site.from_string(self.rpartition(":")[2]).layer
+
+    @property
+    def component(self) -> str:
+        """The component of the site, without the name of the model."""
+        return Site.from_string(self.rpartition(":")[2]).component
 
 
 class ModelPair:
@@ -83,17 +97,23 @@ class ModelPair:
         """Each token of a text or of token ids as text."""
         return self._first.to_str_tokens(input)
 
-    def site(self, layer: Any, component: str | None = None) -> str:
-        """The name of a site, `base:layers.3.mlp`, from any spelling of it after the model's name.
+    def site(self, layer: Any, component: str | None = None) -> PairSite:
+        """The site `base:layers.3.mlp`, from any spelling of it after the model's name.
 
         Raises `ValueError` where the name of a model is missing, or that model has no such site.
         """
         name, rest = self._split(layer, component)
-        return f"{name}:{self._site_in(name, rest, component)}"
+        return self._site_in(name, rest, component)
 
-    def sites_of(self, layer: Any, component: str | None = None) -> tuple[str, ...]:
-        """The same site in every model, by layer and component or by its name within a model."""
-        return tuple(f"{name}:{self._site_in(name, layer, component)}" for name in self.models)
+    def sites(self) -> Iterator[PairSite]:
+        """Every site of every model."""
+        for name, model in self.models.items():
+            yield from (PairSite(f"{name}:{site}") for site in model.sites())
+
+    def sites_of(self, layer: Any, component: str | None = None) -> tuple[PairSite, ...]:
+        """The same site in every model, by its name in one or by layer and component (`mlp` where
+        none is given)."""
+        return tuple(self._site_in(name, layer, component) for name in self.models)
 
     def width(self, site: Any) -> int:
         """The last dimension of the activation at `site`."""
@@ -147,9 +167,9 @@ class ModelPair:
             f"write {choices}"
         )
 
-    def _site_in(self, name: str, site: Any, component: str | None = None) -> Any:
+    def _site_in(self, name: str, site: Any, component: str | None = None) -> PairSite:
         try:
-            return self.models[name].site(site, component)
+            return PairSite(f"{name}:{find_site(self.models[name], site, component)}")
         except ValueError as error:
             error.add_note(f"in the model {name!r} of {self!r}")
             raise
@@ -170,7 +190,9 @@ class PairCaptured(Mapping[str, mx.array]):
         self.runs = dict(runs)
         self._pair = pair
         self._activations = {
-            f"{name}:{site}": x for name, found in runs.items() for site, x in found.items()
+            PairSite(f"{name}:{site}"): x
+            for name, found in runs.items()
+            for site, x in found.items()
         }
 
     @property
@@ -211,8 +233,8 @@ def owner(source: ActivationSource, site: Any) -> tuple[ActivationSource, Any]:
     """The model that `site` is of, and the site's name there; other sources own all their sites."""
     if not isinstance(source, ModelPair):
         return source, site
-    name, rest = source._split(site)
-    return owner(source.models[name], str(source._site_in(name, rest)))
+    name, _, inner = source.site(site).partition(":")
+    return owner(source.models[name], inner)
 
 
 def _named(models: Any) -> dict[str, ActivationSource]:
@@ -268,10 +290,8 @@ def _check_tokenizers(models: Mapping[str, ActivationSource]) -> None:
 
 def _n_tokens(model: ActivationSource) -> int | None:
     """The size of the tokenizer's vocabulary: an embedding may be padded to some round number."""
-    tokenizer = getattr(model, "tokenizer", None)
-    if hasattr(tokenizer, "get_vocab"):
-        return len(tokenizer.get_vocab())
-    return getattr(model, "vocab_size", None)
+    get_vocab = getattr(getattr(model, "tokenizer", None), "get_vocab", None)
+    return getattr(model, "vocab_size", None) if get_vocab is None else len(get_vocab())
 
 
 def _special_texts(models: Iterable[ActivationSource]) -> list[str]:

@@ -214,6 +214,7 @@ class Activations:
             try:
                 rows = self._order(seed).batches(store.read_spans, batch_size, start)
                 for batch in ahead(rows):
+                    self._note_not_finite(store)
                     yield store.layout.decode(batch)
                     start += 1
                 return
@@ -257,7 +258,9 @@ class Activations:
             return
         assert self._rows is not None
         for span in spans_of(self._store.ends, self._rows):
-            yield self._store.layout.decode(self._sound([span]))
+            rows = self._sound([span])
+            self._note_not_finite(self._store)
+            yield self._store.layout.decode(rows)
 
     def _sound(self, spans: list[Span]) -> Rows:
         assert self._store is not None
@@ -275,6 +278,16 @@ class Activations:
                 f"{n_skipped} of {n} activations are not finite and were left out.", stacklevel=3
             )
         self.n_skipped = n_skipped
+
+    def _note_not_finite(self, store: Store) -> None:
+        """Rows of others that are not finite stay in: their number is known once all are read."""
+        if store.n_skipped and not self.n_skipped:
+            warnings.warn(
+                f"{store.path} holds activations that are not finite; training skips the batches "
+                "that they are in.",
+                stacklevel=3,
+            )
+        self.n_skipped = store.n_skipped
 
     def documents_per_batch(self, batch_size: int = 256, n_batches: int = 8) -> float | None:
         """The mean number of distinct documents in a batch; `None` where documents are unknown.

@@ -62,7 +62,7 @@ class Part:
 Parts = Mapping[str, Part]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Chunk:
     """Rows that are read together: where in a file each part of them begins."""
 
@@ -150,7 +150,9 @@ class ShardWriter:
 
     def _write(self, n_rows: int) -> None:
         """Write the first so many of the rows that are held."""
-        joined = {name: np.concatenate([rows[name] for rows in self._held]) for name in self.parts}
+        joined = self._held[0]
+        if len(self._held) > 1:
+            joined = {n: np.concatenate([rows[n] for rows in self._held]) for n in self.parts}
         self._held = [{name: array[n_rows:] for name, array in joined.items()}]
         self._n_held -= n_rows
         checksum, number = 0, len(self._checksums)

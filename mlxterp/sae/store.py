@@ -84,6 +84,15 @@ class Layout:
                     )
         return rows
 
+    def n_not_finite(self, rows: Rows) -> int:
+        """How many rows have a value that is not finite."""
+        finite = np.ones(len(next(iter(rows.values()))), bool)
+        for array in rows.values():
+            bits = self.precision == "bfloat16"
+            whole = array & 0x7F80 != 0x7F80 if bits else np.isfinite(array)
+            finite &= whole.reshape(len(whole), -1).all(axis=1)
+        return int((~finite).sum())
+
     def decode(self, rows: Rows) -> mx.array:
         """Activations `[n, width]` from their parts; float32 where they were integers."""
         sites = {name: mx.array(rows[name]) for name in self.columns.names}
@@ -107,7 +116,8 @@ class Store:
     ):
         self.path, self.layout, self.chunks, self.index = path, layout, list(chunks), index
         self.ends = list(itertools.accumulate(chunk.n_rows for chunk in self.chunks))
-        self._checked: set[tuple[Path, int]] = set()
+        self._checked: set[int] = set()
+        self._not_finite: dict[int, int] = {}
 
     @classmethod
     def open(cls, path: str | Path) -> Store:
@@ -172,8 +182,9 @@ class Store:
 
     @property
     def n_skipped(self) -> int:
-        """Tokens that were left out because their activation was not finite."""
-        return self._noted("n_not_finite")
+        """Tokens whose activation was not finite, and was left out; of arrays of others, rows that
+        are not finite, as far as they have been read."""
+        return self._noted("n_not_finite") + sum(self._not_finite.values())
 
     @property
     def n_outliers(self) -> int:
@@ -188,36 +199,23 @@ class Store:
         """The tokens, of which only what is looked at is read; `None` where none were kept."""
         if self.index is None:
             return None
-        path, facts = self.path / CORPUS_FILE, self.index["identity"]["corpus"]
-        header, start, size = read_header(path)
-        shape = (facts["n_contexts"], facts["context"])
-        if size != start + 2 * 4 * math.prod(shape):
-            raise DamagedShard(path, f"is cut short: it has {size:,} bytes.")
-        tokens, owners = (
-            np.memmap(
-                path,
-                np.int32,
-                "r",
-                start + header[name]["data_offsets"][0],
-                shape,
-            )
-            for name in ("tokens", "owners")
-        )
-        special = frozenset(facts["special"])
-        return Corpus(tokens, owners, facts["bos_id"], special, facts["separate"])
+        return read_corpus(self.path / CORPUS_FILE, self.index["identity"]["corpus"])
 
     def read(self, number: int, into: Rows | None = None) -> Rows:
-        """A chunk's parts; its checksum is looked at the first time. Raises `DamagedShard`."""
+        """A chunk's parts. The first time the checksum is looked at; without one, rows that are not
+        finite are counted. Raises `DamagedShard`."""
         chunk = self.chunks[number]
-        key = chunk.path, number
-        check = chunk.checksum is not None and key not in self._checked
-        if not check:
-            return chunk.read(self.layout.parts, into)
+        if number in self._checked or chunk.checksum is None:
+            rows = chunk.read(self.layout.parts, into)
+            if number not in self._checked and (n := self.layout.n_not_finite(rows)):
+                self._not_finite[number] = n
+            self._checked.add(number)
+            return rows
         positions = Part("I64").empty(chunk.n_rows)
         parts = all_parts(self.layout)
         given = None if into is None else {**into, POSITIONS: positions}
         rows = chunk.read(parts, given, check=True)
-        self._checked.add(key)
+        self._checked.add(number)
         return {name: rows[name] for name in self.layout.parts}
 
     def read_spans(self, spans: Sequence[Span]) -> Rows:
@@ -285,6 +283,20 @@ def _arrays_in(file: Path) -> list[tuple[Path, str, tuple[int, ...], int]]:
     header, start, _ = read_header(file)
     tensors = sorted((name, t) for name, t in header.items() if name != "__metadata__")
     return [(file, t["dtype"], tuple(t["shape"]), start + t["data_offsets"][0]) for _, t in tensors]
+
+
+def read_corpus(path: Path, facts: dict[str, Any]) -> Corpus:
+    """The tokens of a store, mapped: only what is looked at is read. Raises `DamagedShard`."""
+    header, start, size = read_header(path)
+    shape = (facts["n_contexts"], facts["context"])
+    if size != start + 2 * 4 * math.prod(shape):
+        raise DamagedShard(path, f"is cut short: it has {size:,} bytes.")
+    tokens, owners = (
+        np.memmap(path, np.int32, "r", start + header[name]["data_offsets"][0], shape)
+        for name in ("tokens", "owners")
+    )
+    special = frozenset(facts["special"])
+    return Corpus(tokens, owners, facts["bos_id"], special, facts["separate"])
 
 
 def all_parts(layout: Layout) -> dict[str, Part]:

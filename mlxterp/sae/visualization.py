@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from itertools import chain
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from mlxterp.sae.analysis import Example, FeatureExamples, LogitEffects, logit_effects
 from mlxterp.sae.coder import SparseCoder
@@ -31,6 +34,9 @@ HELD_OUT = {
     "color": "#D55E00", "linewidth": 1.0, "linestyle": "--", "marker": "o", "markersize": 3.5,
     "label": "held out",
 }  # fmt: skip
+# Of Okabe and Ito, who chose them for all kinds of colour vision; grey comes last.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999")
+BINS = 40
 
 
 @dataclass(frozen=True)
@@ -59,14 +65,42 @@ class FeatureView:
         return "\n".join([*lines, *(f"  {example}" for example in self.examples)])
 
     def _repr_html_(self) -> str:
-        from jinja2 import Environment
-
-        template = (
-            resources.files("mlxterp.sae").joinpath("templates/feature.html").read_text("utf-8")
-        )
         largest = max((max(example.values) for example in self.examples), default=1.0)
-        environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-        return environment.from_string(template).render(view=self, largest=largest)
+        return _render("feature.html", view=self, largest=largest)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, and rows of as many cells as the header has names; the first cell names the row."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def __repr__(self) -> str:
+        lines = [self.header, *self.rows]
+        first, *widths = (max(map(len, column)) for column in zip(*lines, strict=True))
+        return "\n".join(
+            [
+                self.title,
+                *(
+                    f"  {line[0]:<{first}}"
+                    + "".join(f"  {c:>{w}}" for c, w in zip(line[1:], widths, strict=True)).rstrip()
+                    for line in lines
+                ),
+            ]
+        )
+
+    def _repr_html_(self) -> str:
+        return _render("table.html", table=self)
+
+
+def _render(template: str, **values: Any) -> str:
+    from jinja2 import Environment
+
+    text = resources.files("mlxterp.sae").joinpath("templates", template).read_text("utf-8")
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(text).render(**values)
 
 
 def view_feature(
@@ -107,7 +141,84 @@ def plot_training(
     return figure
 
 
+def plot_shares(
+    shares: np.ndarray, kinds: np.ndarray, order: Sequence[str], label: str, ax: Axes | None = None
+) -> Figure:
+    """A histogram of one number in [0, 1] for every feature, coloured by the feature's kind.
+
+    `order` lists the kinds `[n_features]` that are drawn, from the bottom of the stack; `label`
+    says what the number is. Features without a number are left out.
+    """
+    ax = _new_axis() if ax is None else ax
+    known = np.isfinite(shares)
+    counts = Counter(kinds[known].tolist())
+    shown = [kind for kind in order if counts[kind]]
+    colours = {kind: COLOURS[min(i, len(COLOURS) - 1)] for i, kind in enumerate(order)}
+    if shown:
+        ax.hist(
+            [shares[known & (kinds == kind)] for kind in shown],
+            bins=np.linspace(0, 1, BINS + 1).tolist(),
+            stacked=True,
+            color=[colours[kind] for kind in shown],
+            label=[f"{kind} ({counts[kind]:,})" for kind in shown],
+        )
+        ax.legend(frameon=False, fontsize=9)
+    ax.set_xlim(0, 1)
+    ax.set_xlabel(label, fontsize=9)
+    ax.set_ylabel("features", fontsize=9)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.tick_params(labelsize=9)
+    figure: Any = ax.get_figure()
+    return figure
+
+
+def plot_matrix(
+    values: np.ndarray,
+    columns: Sequence[str],
+    rows: Sequence[str] = (),
+    *,
+    label: str,
+    row_label: str = "",
+    ax: Axes | None = None,
+) -> Figure:
+    """A matrix as a heat map with named columns and, where given, named rows.
+
+    Small ones have their values written into the cells; what is NaN stays white.
+    """
+    ax = _new_axis() if ax is None else ax
+    values = values if len(values) else np.full((1, len(columns)), np.nan)
+    known = values[np.isfinite(values)]
+    low, high = float(known.min(initial=0.0)), float(known.max(initial=1e-9))
+    image = ax.imshow(
+        values, vmin=low, vmax=high, cmap="viridis", aspect="auto", interpolation="nearest"
+    )
+    ax.set_xticks(range(len(columns)), columns, rotation=30, ha="right", fontsize=9)
+    if rows:
+        ax.set_yticks(range(len(rows)), rows, fontsize=9)
+    ax.set_ylabel(row_label, fontsize=9)
+    if rows and values.size <= 150:
+        for (i, j), value in np.ndenumerate(values):
+            if math.isfinite(value):
+                colour = "black" if value > (low + 2 * high) / 3 else "white"
+                ax.text(j, i, f"{value:.2g}", ha="center", va="center", color=colour, fontsize=8)
+    figure: Any = ax.get_figure()
+    figure.colorbar(image, ax=ax, label=label)
+    return figure
+
+
+def _new_axis() -> Axes:
+    axis: Any = _new_figure(6.4, 4.2).subplots()
+    return axis
+
+
 def _new_axes() -> list[Axes]:
+    figure = _new_figure(8.4, 5.0)
+    panels = list(chain(*figure.subplots(2, 2, sharex=True)))
+    figure.align_ylabels(panels)
+    return panels
+
+
+def _new_figure(width: float, height: float) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -119,10 +230,7 @@ def _new_axes() -> list[Axes]:
             self.savefig(file := io.BytesIO(), format="png", dpi=120)
             return file.getvalue()
 
-    figure = Shown(figsize=(8.4, 5.0), layout="constrained")
-    panels = list(chain(*figure.subplots(2, 2, sharex=True)))
-    figure.align_ylabels(panels)
-    return panels
+    return Shown(figsize=(width, height), layout="constrained")
 
 
 def _points(reports: Reports, key: str) -> tuple[list[float], list[float]]:

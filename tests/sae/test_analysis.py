@@ -1,12 +1,15 @@
+import copy
 from collections import Counter
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlxterp import InterpretableModel
 from mlxterp.sae import SAE, ActivationDataset
 from mlxterp.sae.analysis import analyze_text, check_feature, collect_examples, logit_effects
-from mlxterp.sae.coder import Columns
+from mlxterp.sae.coder import Columns, SparseCoder
+from mlxterp.sae.model_pair import ModelPair
 from tests.fakes import FIRST, SITE, FakeSource
 
 TEXT = "The for statement iterates over the elements of a sequence."
@@ -220,3 +223,78 @@ def test_a_coder_in_half_precision_is_analysed():
 def test_what_is_no_text_is_an_error(sae):
     with pytest.raises(ValueError, match="text must be one string, got list"):
         sae.analyze_text(["a", "b"])
+
+
+def of_sites(reads, writes, n_features: int = 40) -> SparseCoder:
+    made = SparseCoder(
+        *(Columns(names, (128,) * len(names)) for names in (reads, writes)), n_features, k=4
+    )
+    for i, name in enumerate(("W_enc", "b_enc", "W_dec")):
+        made[name] = mx.random.normal(made[name].shape, key=mx.random.key(i))
+    return made
+
+
+def joined(source, sites, tokens) -> mx.array:
+    done = source.run(tokens, capture=list(sites))
+    return mx.concatenate([done[site] for site in sites], axis=-1)
+
+
+@pytest.fixture(scope="module")
+def pair(model) -> ModelPair:
+    other = copy.deepcopy(model.model)
+    other.layers[1].mlp.down_proj.weight = -other.layers[1].mlp.down_proj.weight
+    return ModelPair([model, InterpretableModel(other, model.tokenizer)])
+
+
+def test_codes_of_several_sites_and_of_two_models_are_analysed(model, pair):
+    ids = model.encode(TEXT)
+    for source, sites in (
+        (model, ("layers.1.mlp_out", "layers.3.resid_post")),
+        (pair, pair.sites_of("layers.2.resid_post")),
+    ):
+        made = of_sites(sites, sites)
+        codes = np.array(made.encode(joined(source, sites, mx.array([ids]))))[0]
+        found = analyze_text(made, source, TEXT, top_k=3)
+        for row, listed in list(zip(codes, found.by_token, strict=True))[1:]:
+            assert [i for i, _ in listed] == [i for i in np.argsort(-row)[:3].tolist() if row[i]]
+
+
+def test_examples_of_two_models_are_found(pair, texts):
+    sites = pair.sites_of("layers.2.resid_post")
+    made = of_sites(sites, sites)
+    dataset = ActivationDataset.from_texts(pair, texts[:3], list(sites), context_length=64)
+    examples = collect_examples(made, dataset, n=2)
+    tokens, counts = mx.array(dataset.corpus.tokens), dataset.corpus.documents() >= 0
+    codes = np.array(made.encode(joined(pair, sites, tokens))) * counts[..., None]
+    np.testing.assert_allclose(examples.values[:, 0], codes.max(axis=(0, 1)), rtol=1e-3, atol=1e-3)
+    (example, *_) = examples.of(5)
+    assert example.value == pytest.approx(examples.values[5, 0], rel=1e-3)
+
+
+def test_a_transcoders_logit_effects_are_of_what_it_writes(model):
+    made = of_sites(("layers.1.mlp_in",), ("layers.4.mlp_out",))
+    logits = np.array(model.unembed(made.W_dec[6][None])[0])
+    found = logit_effects(made, model, 6, top_k=3)
+    assert [value for _, value in found.top] == pytest.approx(np.sort(logits)[::-1][:3], rel=1e-5)
+
+
+def test_logit_effects_of_several_sites_are_of_their_sum_or_of_one(model):
+    sites = ("layers.1.mlp_out", "layers.4.mlp_out")
+    made = of_sites(sites, sites)
+    row = made.W_dec[6]
+    for site, part in ((None, row[:128] + row[128:]), (sites[0], row[:128]), (sites[1], row[128:])):
+        logits = np.array(model.unembed(part[None])[0])
+        found = logit_effects(made, model, 6, top_k=3, site=site)
+        expected = np.sort(logits)[::-1][:3]
+        assert [value for _, value in found.top] == pytest.approx(expected, rel=1e-4)
+
+
+def test_logit_effects_of_two_models_need_a_site(pair):
+    sites = pair.sites_of("layers.2.resid_post")
+    made = of_sites(sites, sites)
+    with pytest.raises(ValueError, match=r"writes base:layers.2.resid_post .*: name one of its"):
+        logit_effects(made, pair, 6)
+    tuned = pair.models["tuned"]
+    logits = np.array(tuned.unembed(made.W_dec[6, 128:][None])[0])
+    found = logit_effects(made, pair, 6, top_k=1, site=sites[1])
+    assert found.top[0][1] == pytest.approx(logits.max(), rel=1e-5)

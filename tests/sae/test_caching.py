@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import mlx.core as mx
@@ -300,6 +301,42 @@ def test_a_corpus_that_is_missing_is_made_again(tmp_path, reference):
     cache.open()
     cache.remake(cache.path / "corpus.safetensors")
     assert contents(cache.path) == reference
+
+
+def test_a_changed_corpus_is_written_again_before_anything_is_harvested_from_it(
+    tmp_path, reference
+):
+    first = cache_of(tmp_path)
+    first.open()
+    damage(first.path / "corpus.safetensors", "data")
+    (first.path / "000001.safetensors").unlink()
+    with pytest.raises(DamagedShard, match="corpus.safetensors was damaged while it was in use"):
+        first.open()
+    cache = cache_of(tmp_path)
+    cache.open()
+    assert contents(cache.path) == reference
+
+
+def test_a_corpus_that_is_on_the_disk_leaves_memory(tmp_path):
+    cache, during = cache_of(tmp_path), []
+    given = weakref.ref(cache.corpus)
+    cache.source = Watched(lambda: during.append(given() is None))
+    cache.open()
+    # The limits of the norm and the time that it will take are measured with what is in memory.
+    assert during[:2] == [False] * 2 and len(during) > 4 and all(during[2:])
+    assert cache.corpus.fingerprint == cache_of(tmp_path).corpus.fingerprint
+
+
+class Watched(FakeSource):
+    """Calls a function before each forward pass."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def run(self, tokens, **options):
+        self.function()
+        return super().run(tokens, **options)
 
 
 def test_another_format_version_has_a_directory_of_its_own(tmp_path, monkeypatch):

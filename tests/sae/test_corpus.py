@@ -1,4 +1,5 @@
 import dataclasses
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -12,9 +13,9 @@ def ids(text: str) -> list[int]:
     return [FIRST + ord(character) - ord(" ") for character in text]
 
 
-def corpus(documents, context=16, max_tokens=None, separate=False, **options) -> Corpus:
+def corpus(documents, context=16, max_tokens=None, separate=False, seed=None, **options) -> Corpus:
     source = FakeSource(**options)
-    return Corpus.from_documents(source, documents, context, max_tokens, separate)
+    return Corpus.from_documents(source, documents, context, max_tokens, separate, seed)
 
 
 def bodies(found: Corpus) -> list[list[int]]:
@@ -108,6 +109,29 @@ def test_max_tokens_leaves_out_nothing_else(limit):
     whole = [i for body in bodies(corpus(["abcdefg"] * 2)) for i in body]
     cut = corpus(["abcdefg"] * 2, max_tokens=limit)
     assert [i for body in bodies(cut) for i in body] == whole[:limit]
+
+
+def test_max_tokens_counts_what_counts():
+    for limit, sizes, inside in [
+        (1, [1], "a"),
+        (2, [2], "ab"),
+        (3, [3], "ab?c"),
+        (5, [3, 2], "ab?cab"),
+    ]:
+        cut = Corpus.from_documents(WithSpecials(), ["any"] * 3, 16, limit)
+        assert cut.n_tokens == limit and cut.document_sizes.tolist() == sizes
+        expected = [EOS if character == "?" else ids(character)[0] for character in inside]
+        assert cut.tokens[cut.owners >= 0].tolist() == expected
+
+
+def test_memory_holds_twelve_bytes_a_token_while_documents_are_shuffled():
+    rng, n = np.random.default_rng(0), 400_000
+    rows = (rng.integers(FIRST, 90, 1000, dtype=np.int32) for _ in range(n // 1000))
+    tracemalloc.start()
+    packed = corpus(rows, context=512, seed=0)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert packed.n_tokens == n and 11 < peak / n < 14
 
 
 def test_sizes_are_counted_over_many_blocks(monkeypatch):
@@ -207,6 +231,7 @@ def test_shuffling_only_changes_the_order_of_documents():
     assert as_sets(mixed) == as_sets(whole) and bodies(mixed) != bodies(whole)
     assert mixed.n_tokens == whole.n_tokens and mixed.context == 7
     assert whole.shuffled(1).fingerprint == mixed.fingerprint
+    assert corpus(TEXTS, context=7, seed=1).fingerprint == mixed.fingerprint
     assert mixed.fingerprint not in (whole.fingerprint, whole.shuffled(2).fingerprint)
 
 

@@ -179,6 +179,33 @@ def test_a_list_of_token_ids_and_an_array_of_contexts(tmp_path):
         ActivationDataset.from_tokens(FakeSource(), rows[0], SITE)
 
 
+@pytest.mark.parametrize("buffer_bytes", [BUFFER, 1 << 20], ids=["disk", "memory"])
+@pytest.mark.parametrize("kind", [mx.bfloat16, mx.float16, mx.float32])
+def test_rows_of_files_that_are_not_finite_are_counted_with_one_warning(
+    tmp_path, kind, buffer_bytes
+):
+    array = np.arange(4000, dtype=np.float32).reshape(1000, 4) % 1000
+    array[3, 1], array[3, 2], array[700, 0] = np.nan, np.inf, -np.inf
+    mx.save_safetensors(str(tmp_path / "a.safetensors"), {"x": mx.array(array).astype(kind)})
+    data = ActivationDataset.from_activations(tmp_path)
+    data.buffer_bytes = buffer_bytes
+    with pytest.warns(UserWarning, match=f"{tmp_path} holds activations that are not f") as caught:
+        for epoch in range(2):
+            assert sum(map(len, data.batches(BATCH, epoch=epoch))) == len(data) == 1000
+    assert len(caught) == 1 and data.n_skipped == data.info().n_skipped == 2
+
+
+@pytest.mark.parametrize(
+    "option", [{"context_length": 8}, {"max_samples": 9}, {"separate_documents": True}]
+)
+def test_options_that_do_nothing_for_a_corpus_are_refused(option):
+    corpus = ActivationDataset.from_texts(FakeSource(), texts(), SITE).corpus
+    same = ActivationDataset.from_texts(FakeSource(), corpus, SITE, shuffle=False)
+    assert same.corpus is corpus
+    with pytest.raises(ValueError, match="must be left out for a corpus"):
+        ActivationDataset.from_texts(FakeSource(), corpus, SITE, **option)
+
+
 def test_a_curated_dataset_holds_what_was_chosen_and_says_what_was_not(tmp_path):
     rng = np.random.default_rng(0)
     words = ["".join(rng.choice(list("abcdefgh"), 5)) for _ in range(60)]
