@@ -8,9 +8,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 
-from mlxterp.loading import DEMO
+from mlxterp import loading
+from mlxterp.loading import DEMO, fingerprint
 from mlxterp.model import InterpretableModel
 from tests.tiny_models import build
 
@@ -61,6 +62,34 @@ def test_half_precision_modules_keep_their_type_unless_asked():
     module.set_dtype(mx.bfloat16)
     assert InterpretableModel(module).model.model.norm.weight.dtype == mx.bfloat16
     assert InterpretableModel(module, dtype=mx.float32).model.model.norm.weight.dtype == mx.float32
+
+
+def test_a_fingerprint_changes_with_any_weight():
+    model = build("llama_quantized")
+    names = dict(tree_flatten(model.parameters()))
+    found = {fingerprint(model)}
+    for name in ("model.norm.weight", "model.layers.1.mlp.down_proj.weight"):
+        array = np.array(names[name])
+        array.reshape(-1)[-1] += 1
+        model.update(tree_unflatten([(name, mx.array(array))]))
+        found.add(fingerprint(model))
+    array = np.array(names["model.norm.weight"])
+    array[:2] = [3, 2]
+    for order in (array, array[[1, 0, *range(2, len(array))]]):
+        model.update(tree_unflatten([("model.norm.weight", mx.array(order))]))
+        found.add(fingerprint(model))
+    assert len(found) == 5
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32, mx.uint32])
+def test_checksums_are_those_of_numpy(dtype, monkeypatch):
+    monkeypatch.setattr(loading, "_CHECKED_AT_ONCE", 1000)
+    array = (mx.random.uniform(shape=(50, 50), key=mx.random.key(0)) * 2**31).astype(dtype)
+    bits = array if dtype == mx.uint32 else array.astype(mx.bfloat16).view(mx.uint16)
+    bits = np.array(bits).reshape(-1).astype(object)
+    parts = [bits[i : i + 1000] for i in range(0, 2500, 1000)]
+    expected = [sum(int(b) * (2 * i + 1) for i, b in enumerate(part)) % 2**32 for part in parts]
+    assert loading._checksums(array) == expected
 
 
 def test_fingerprints_tell_models_apart():
