@@ -8,7 +8,9 @@ from mlxterp.sae.cross_layer import CrossLayerTrainer, CrossLayerTranscoder
 from mlxterp.sae.crosscoder import Crosscoder, CrosscoderTrainer
 from mlxterp.sae.dataset import ActivationDataset
 from mlxterp.sae.loggers import JSONLLogger, TensorBoardLogger, TrackioLogger, WandbLogger
+from mlxterp.sae.model_pair import ModelPair
 from mlxterp.sae.sae import SAE, SAETrainer
+from mlxterp.sae.steering import splice
 from mlxterp.sae.trainer import TrainingError
 from mlxterp.sae.transcoder import Transcoder, TranscoderTrainer
 
@@ -23,6 +25,7 @@ __all__ = [
     "CrosscoderTrainer",
     "EarlyStopping",
     "JSONLLogger",
+    "ModelPair",
     "ProgressBar",
     "SAE",
     "SAEConfig",
@@ -36,4 +39,5 @@ __all__ = [
     "TranscoderTrainer",
     "WandbLogger",
     "load_sae",
+    "splice",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 import mlx.core as mx
 import numpy as np
 
-from mlxterp.sae import analysis, evals, steering, visualization
+from mlxterp.sae import analysis, connections, evals, steering, visualization
 from mlxterp.sae.coder import Columns, SparseCoder
 from mlxterp.sae.config import SAEConfig
 from mlxterp.sae.dataset import ActivationDataset
@@ -220,13 +220,60 @@ class BaseSAE(SparseCoder):
             raise ValueError("This coder remembers no data: pass dataset=, a list of texts.")
         return remembered
 
-    def steer(self, activation: mx.array, feature_id: int, strength: float = 1.0) -> mx.array:
+    def steer(
+        self,
+        activation: mx.array,
+        feature_id: int,
+        strength: float = 1.0,
+        site: str | None = None,
+    ) -> mx.array:
         """The activation with a feature added; see `steering.steer`."""
-        return steering.steer(self, activation, feature_id, strength)
+        return steering.steer(self, activation, feature_id, strength, site)
 
-    def steering_edit(self, feature_id: int, strength: float = 1.0) -> dict[str, steering.Edit]:
-        """An edit that adds a feature at every token: `model.generate(..., edit=...)`."""
-        return steering.steering_edit(self, feature_id, strength)
+    def steering_edit(
+        self, feature_id: int, strength: float = 1.0, site: str | None = None
+    ) -> dict[str, steering.Edit]:
+        """Edits that add a feature at every token: `model.generate(..., edit=...)`."""
+        return steering.steering_edit(self, feature_id, strength, site)
+
+    def splice(
+        self,
+        *,
+        features: Mapping[int, steering.Change] | None = None,
+        keep_error: bool = False,
+    ) -> dict[str, steering.Edit]:
+        """Edits that put the coder in the place of what it describes; see `steering.splice`."""
+        return steering.splice(self, features=features, keep_error=keep_error)
+
+    def input_side(
+        self,
+        feature_id: int,
+        other: SparseCoder | ActivationSource | None = None,
+        **options: Any,
+    ) -> connections.Connected:
+        """The tokens of the model, or the features of an earlier coder, that drive a feature by
+        weights alone; see `connections.reads`."""
+        return connections.reads(self, feature_id, self._other(other), **options)
+
+    def output_side(
+        self,
+        feature_id: int,
+        other: SparseCoder | ActivationSource | None = None,
+        **options: Any,
+    ) -> connections.Connected:
+        """The tokens of the model, or the features of a later coder, that a feature drives; see
+        `connections.writes`."""
+        return connections.writes(self, feature_id, self._other(other), **options)
+
+    def weights_to(self, later: SparseCoder, **options: Any) -> connections.InputInvariantWeights:
+        """The weights between all features and those of a later coder; see
+        `connections.input_invariant_weights`."""
+        return connections.input_invariant_weights(self, later, **options)
+
+    def _other(
+        self, other: SparseCoder | ActivationSource | None
+    ) -> SparseCoder | ActivationSource:
+        return self._model(None) if other is None else other
 
     def is_compatible(
         self, model: ActivationSource, layer: Any = None, component: str | None = None

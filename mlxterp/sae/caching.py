@@ -228,7 +228,7 @@ class Cache:
         sync(self.path)
 
     def _plan(self, n_missing: int) -> HarvestPlan:
-        """What is to come, which is said; raises `OSError` where it does not fit."""
+        """What is to come, and say it; raises `OSError` where it does not fit on the disk."""
         started = time.perf_counter()
         self._measure()  # a few thousand tokens from everywhere
         rate = (time.perf_counter() - started) / min(len(self.corpus), self.corpus.rows_per_forward)

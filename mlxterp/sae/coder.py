@@ -184,7 +184,7 @@ class SparseCoder(nn.Module):
     def of_blocks(self, array: mx.array) -> list[mx.array]:
         """The parts of an array that has a row for every feature, by block."""
         ends = [block.features.stop for block in self.blocks]
-        return mx.split(array, ends[:-1]) if len(ends) > 1 else [array]
+        return list(mx.split(array, ends[:-1])) if len(ends) > 1 else [array]
 
     def decoder_blocks(self, W_dec: mx.array | None = None) -> list[mx.array]:
         """The decoder of each block, `[its features, its write columns]`.

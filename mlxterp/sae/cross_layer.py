@@ -83,8 +83,9 @@ class CrossLayerTrainer(CoderTrainer):
         `config.validation_split` is held out. Raises as `SAETrainer.fit` does.
         """
         dataset = as_dataset(dataset)
-        columns = (dataset.columns.those(tuple(names)) for names in (reads, writes))
-        return self.fit_between(*columns, dataset, resume, model)
+        columns = dataset.columns
+        first, second = columns.those(tuple(reads)), columns.those(tuple(writes))
+        return self.fit_between(first, second, dataset, resume, model)
 
     @OnClassOrInstance
     def train(

@@ -6,6 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from mlxterp.sae import diffing, interactions, sharing
 from mlxterp.sae.base import BaseSAE
 from mlxterp.sae.coder import Columns
 from mlxterp.sae.config import CrosscoderConfig, SAEConfig
@@ -40,6 +43,60 @@ class Crosscoder(BaseSAE):
     def sites(self) -> tuple[str, ...]:
         """The names of the sites."""
         return self.reads.names
+
+    def relative_norms(self) -> np.ndarray:
+        """How much of each feature's decoder is at each site; see `sharing.relative_norms`."""
+        return sharing.relative_norms(self)
+
+    def decoder_cosines(self) -> np.ndarray:
+        """The cosines between a feature's decoder rows; see `sharing.decoder_cosines`."""
+        return sharing.decoder_cosines(self)
+
+    def sharing(self, **options: Any) -> sharing.Sharing:
+        """Which features are shared and which are of one site alone; see `sharing.sharing`."""
+        return sharing.sharing(self, **options)
+
+    def shared_features(
+        self,
+        *,
+        model: ActivationSource | None = None,
+        dataset: Iterable[str] | ActivationDataset | None = None,
+        top: int = 20,
+        **options: Any,
+    ) -> interactions.SharedFeatures:
+        """The features that explain most of every site; see `interactions.shared_features`.
+
+        Without a `dataset` the data held out in training serve.
+        """
+        data = self._as_dataset(model, dataset, self._held_out)
+        return interactions.shared_features(self, data, top, **options)
+
+    def component_interactions(
+        self,
+        *,
+        model: ActivationSource | None = None,
+        dataset: Iterable[str] | ActivationDataset | None = None,
+        **options: Any,
+    ) -> interactions.ComponentInteractions:
+        """How much the sites have in common; see `interactions.component_interactions`.
+
+        Features count by their decoder norms or, with a `dataset`, by how often they fire too.
+        """
+        data = None if dataset is None else self._as_dataset(model, dataset, None)
+        return interactions.component_interactions(self, data, **options)
+
+    def diff(
+        self,
+        *,
+        model: ActivationSource | None = None,
+        dataset: Iterable[str] | ActivationDataset | None = None,
+        **options: Any,
+    ) -> diffing.ModelDiff:
+        """What each feature says of two models, by norms and by data; see `diffing.diff`.
+
+        Without a `dataset` the training data serve, in the session of the training.
+        """
+        return diffing.diff(self, self._as_dataset(model, dataset, self._training_data), **options)
 
 
 class CrosscoderTrainer(CoderTrainer):

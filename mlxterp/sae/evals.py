@@ -24,9 +24,10 @@ class Fidelity:
     """How well a code describes activations, over `n_tokens` tokens.
 
     `fvu` is the fraction of variance unexplained, `sum |y - y'|^2 / sum |y - mean(y)|^2`, pooled
-    over all tokens and columns in float64, NaN where nothing varies; `l0` the mean number of
-    features that are not zero; `firing_rates` `[n_features]` the share of tokens on which each
-    feature fires; `fvu_by_site` the same fraction for the columns of each site that is written.
+    over all tokens and columns in float64, NaN where nothing varies; of a coder that writes several
+    sites it is the mean of theirs, `fvu_by_site`, which does not depend on how large the
+    activations of each are. `l0` is the mean number of features that are not zero, `firing_rates`
+    `[n_features]` the share of tokens on which each feature fires.
     """
 
     fvu: float
@@ -83,7 +84,8 @@ def fidelity(
         name: _fraction(error[part], variance[part], squares[part])
         for name, part in coder.writes.slices.items()
     }
-    fvu = _fraction(error, variance, squares)
+    known = [fvu for fvu in sites.values() if not math.isnan(fvu)]
+    fvu = float(np.mean(known)) if known else math.nan
     return Fidelity(fvu, float(firing.sum() / n), n, firing / n, sites)
 
 

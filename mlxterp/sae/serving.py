@@ -25,11 +25,9 @@ DEFAULT_BUFFER_BYTES = 2 << 30
 
 
 class Activations:
-    """Activations of one or more sites over many tokens, served as shuffled batches.
+    """Activations of one or more sites over many tokens, wherever they are from.
 
-    While they fit into `buffer_bytes` they are kept in memory and shuffled as a whole. Otherwise
-    they are read from the disk, if they have been harvested to one, or else computed again for each
-    pass, and mixed in a buffer of that size.
+    Those made by `ActivationDataset`, which says how they are served.
     """
 
     def __init__(

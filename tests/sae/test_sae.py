@@ -23,9 +23,9 @@ def test_the_public_names_are_these():
     names = {
         "SAE", "ActivationDataset", "Callback", "CrossLayerConfig", "CrossLayerTrainer",
         "CrossLayerTranscoder", "Crosscoder", "CrosscoderConfig", "CrosscoderTrainer",
-        "EarlyStopping", "JSONLLogger", "ProgressBar", "SAEConfig", "SAETrainer", "StopTraining",
+        "EarlyStopping", "JSONLLogger", "ModelPair", "ProgressBar", "SAEConfig", "SAETrainer", "StopTraining",
         "TensorBoardLogger", "TrackioLogger", "TrainingError", "Transcoder", "TranscoderConfig",
-        "TranscoderTrainer", "WandbLogger", "load_sae",
+        "TranscoderTrainer", "WandbLogger", "load_sae", "splice",
     }  # fmt: skip
     assert set(mlxterp.sae.__all__) == names
     assert all(hasattr(mlxterp.sae, name) for name in names)
