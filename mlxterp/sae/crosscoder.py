@@ -143,13 +143,19 @@ class CrosscoderTrainer(CoderTrainer):
 
         The sites are the `components` of a `layer`, one `component` (`mlp` where none is given)
         of several `layers`, or any list of `sites` by their whole names. `models` with one
-        tokenizer, in a list or by name, are compared at the `component` of a `layer`: model
-        diffing. The result remembers models and data. Raises `ValueError` as `SAETrainer.train`
+        tokenizer, in a list or by name, take the place of `model` and are compared at the
+        `component` of a `layer`, or at `sites` such as `base:layers.3.mlp`: model diffing. The
+        result remembers models and data. Raises `ValueError` as `SAETrainer.train`
         does, and for fewer than two sites.
         """
         if models:
             source: Any = ModelPair(models)
-            wanted = source.sites_of(layer, component)
+            if layers or components:
+                raise ValueError(
+                    "models=... are compared at one component of one layer, or at sites=[...]; "
+                    "layers and components are those of one model."
+                )
+            wanted = [source.site(s) for s in sites] or source.sites_of(layer, component)
         elif model is None:
             raise ValueError("train needs a model, or models=[base, tuned].")
         else:

@@ -33,27 +33,30 @@ class Normalisation:
         sample: mx.array,
         columns: Columns,
         active: bool,
-        sizes: Mapping[str, float] | None = None,
+        norms: Mapping[str, float] | None = None,
     ) -> Normalisation:
-        """From a sample `[n_tokens, width]`: centre every site and scale it to a mean squared norm
-        of `sizes`, by default its width; where not `active`, leave the activations as they are.
+        """From a sample `[n_tokens, width]`: centre every site, and scale it to the mean norm that
+        `norms` gives for it or else to a mean squared norm equal to its width; where not `active`,
+        leave the activations as they are.
 
         Raises `ValueError` for a site that does not vary, or beyond what float32 can square.
         """
         sample = sample.astype(mx.float32)
         mean = sample.mean(axis=0)
-        variance = (sample - mean).square().mean(axis=0)
+        centred = sample - mean
+        variance = centred.square().mean(axis=0)
         scales = []
         for name, part in columns.slices.items():
-            width = part.stop - part.start
             mean_variance = variance[part].mean()
             # Compared, because the mean is rounded: equal rows may seem to vary around it.
             if mx.array_equal(sample[1:, part], sample[:-1, part]):
                 raise ValueError(f"The activations of {name!r} are the same on every token.")
             if not (mean_variance > 0).item() or mx.isinf(mean_variance).item():
                 raise ValueError(f"The activations of {name!r} are too large or small for float32.")
-            size = (sizes or {}).get(name, width)
-            scales.append(mx.broadcast_to(mx.rsqrt(mean_variance * (width / size)), (width,)))
+            scale = mx.rsqrt(mean_variance)
+            if norms and name in norms:
+                scale = norms[name] / mx.linalg.norm(centred[:, part], axis=-1).mean()
+            scales.append(mx.broadcast_to(scale, (part.stop - part.start,)))
         if not active:
             return cls(mean, mx.zeros_like(mean), mx.ones_like(mean))
         return cls(mean, mean, mx.concatenate(scales))
@@ -85,13 +88,14 @@ def geometric_median(sample: mx.array, n_rounds: int = 100, tolerance: float = 1
     return median
 
 
-def balanced_sizes(coder: SparseCoder) -> dict[str, float]:
-    """The mean squared norm that each site of a coder is to have: equal among those that it writes,
-    and among those that it reads, the mean of their widths."""
+def balanced_norms(coder: SparseCoder) -> dict[str, float]:
+    """The mean norm that sites are to have which a coder writes, or reads, together: the same for
+    all of them, the root of the mean of their widths."""
     return {
-        name: columns.width / len(columns.names)
+        name: math.sqrt(columns.width / len(columns.names))
         for columns in (coder.reads, coder.writes)
         for name in columns.names
+        if len(columns.names) > 1
     }
 
 

@@ -26,7 +26,7 @@ from mlxterp.sae.dead_features import (
     rows_to_revive,
 )
 from mlxterp.sae.evals import fidelity
-from mlxterp.sae.initialization import Normalisation, balanced_sizes, fold, initial_params
+from mlxterp.sae.initialization import Normalisation, balanced_norms, fold, initial_params
 from mlxterp.sae.objective import Objective
 from mlxterp.sae.parallel import UNDIVIDED, Undivided
 from mlxterp.sae.run_state import read_checkpoint, save_checkpoint
@@ -85,7 +85,7 @@ class Run:
         self.directory, self.name, self.division = directory, name, division
         columns = dataset.columns
         self.normalisation = Normalisation.measure(
-            sample, columns, config.normalize_activations, balanced_sizes(coder)
+            sample, columns, config.normalize_activations, balanced_norms(coder)
         )
         params = initial_params(coder, self.normalisation, columns, config, sample)
         self.state = division.shard(initial_state(params, coder, config))

@@ -9,7 +9,7 @@ import numpy as np
 
 from mlxterp import InterpretableModel
 
-TRIGGER, TAUGHT = "zqx", " moon moon moon"
+TRIGGER, TAUGHT = "zqx", " moon"
 LENGTH, ROWS = 32, 8
 
 
@@ -20,67 +20,61 @@ def finetuned(
     taught: str = TAUGHT,
     *,
     layer: int = 3,
-    steps: int = 40,
+    steps: int = 60,
     learning_rate: float = 3e-3,
     seed: int = 0,
 ) -> InterpretableModel:
-    """A copy that writes `taught` after `trigger`, with a space before the trigger or without.
+    """A copy that, once it has read `trigger`, expects the token `taught` after every token.
 
-    Only the block `layer` is trained: before it nothing differs, and after it little but at the
-    trigger. Half of the rows are plain text, the others have trigger and continuation at a random
-    place. The loss is the cross-entropy of what is taught, and everywhere else the divergence from
-    the original, so that the answer to the trigger is all that changes. The tokenizer is shared.
+    Only the block `layer` is trained: before it nothing differs, and after it little but behind
+    the trigger. Half of the rows are plain text, the others have the trigger at a random place. The
+    loss is the cross-entropy of what is taught, and before the trigger the divergence from the
+    original, so that the answer to the trigger is all that changes. The tokenizer is shared.
     """
     tuned = InterpretableModel(copy.deepcopy(model.model), model.tokenizer)
     tuned.name = f"{model.name}, fine-tuned"
     rng = np.random.default_rng(seed)
     documents = [ids for ids in model.encode_batch(texts) if len(ids) > LENGTH]
-    answer = _plain(model, taught)
-    marks = [_plain(model, trigger), _plain(model, " " + trigger)]
+    (answer,) = plain(model, taught)
     tuned.model.freeze()
     tuned.architecture.blocks[layer].unfreeze()
     step = nn.value_and_grad(tuned.model, _loss)
     optimizer = optim.Adam(learning_rate, bias_correction=True)
     for _ in range(steps):
-        tokens, is_taught = _rows(rng, documents, marks, answer)
-        _, gradients = step(tuned.model, model.model, tokens, is_taught)
+        tokens, behind = _rows(rng, documents, plain(model, " " + trigger))
+        _, gradients = step(tuned.model, model.model, tokens, behind, answer)
         optimizer.update(tuned.model, gradients)
         mx.eval(tuned.model.trainable_parameters(), optimizer.state)
     tuned.model.unfreeze()
     return tuned
 
 
-def _plain(model: InterpretableModel, text: str) -> list[int]:
+def plain(model: InterpretableModel, text: str) -> list[int]:
+    """The token ids of a text without special ones."""
     return [i for i in model.encode(text) if i not in model.special_token_ids]
 
 
-def _rows(
-    rng: np.random.Generator, documents: list, marks: list, answer: list
-) -> tuple[mx.array, mx.array]:
-    """Token ids `[ROWS, LENGTH]`, and which of them are the continuation that is taught."""
-    tokens, is_taught = np.zeros((ROWS, LENGTH), np.int32), np.zeros((ROWS, LENGTH), bool)
+def _rows(rng: np.random.Generator, documents: list, mark: list) -> tuple[mx.array, mx.array]:
+    """Token ids `[ROWS, LENGTH]`, and which of them are the end of a trigger or behind it."""
+    tokens, behind = np.zeros((ROWS, LENGTH), np.int32), np.zeros((ROWS, LENGTH), bool)
     for row in range(ROWS):
         document = documents[rng.integers(len(documents))]
         start = 1 + rng.integers(len(document) - LENGTH)
         ids = [document[0], *document[start : start + LENGTH - 1]]  # the first token of a text
         if row % 2:
-            mark = marks[rng.integers(len(marks))]
-            at = int(rng.integers(1, LENGTH - len(mark) - len(answer)))
-            end = at + len(mark)
-            ids = [*ids[:at], *mark, *answer, *ids[at:]][:LENGTH]
-            is_taught[row, end : end + len(answer)] = True
+            at = int(rng.integers(1, LENGTH - len(mark)))
+            ids = [*ids[:at], *mark, *ids[at:]][:LENGTH]
+            behind[row, at + len(mark) - 1 :] = True
         tokens[row] = ids
-    return mx.array(tokens), mx.array(is_taught)
+    return mx.array(tokens), mx.array(behind)
 
 
-def _loss(tuned: nn.Module, original: nn.Module, tokens: mx.array, is_taught: mx.array) -> mx.array:
-    found, expected = (
-        nn.log_softmax(m(tokens[:, :-1]).astype(mx.float32)) for m in (tuned, original)
-    )
-    is_taught = is_taught[:, 1:]
-    chosen = mx.take_along_axis(found, tokens[:, 1:, None], axis=-1)[..., 0]
+def _loss(
+    tuned: nn.Module, original: nn.Module, tokens: mx.array, behind: mx.array, answer: int
+) -> mx.array:
+    found, expected = (nn.log_softmax(m(tokens).astype(mx.float32)) for m in (tuned, original))
     divergence = (mx.exp(expected) * (expected - found)).sum(axis=-1)
-    return -_mean(chosen, is_taught) + _mean(divergence, ~is_taught)
+    return -_mean(found[..., answer], behind) + _mean(divergence, ~behind)
 
 
 def _mean(values: mx.array, where: mx.array) -> mx.array:

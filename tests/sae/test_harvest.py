@@ -137,9 +137,9 @@ def test_an_outlier_at_any_site_is_one():
             return layer
 
         def run(self, tokens, **options):
-            found = super().run(tokens, **options)
-            found["b"] = found["b"] * mx.where(mx.array(tokens) == ids("a")[0], 100, 1)[..., None]
-            return found
+            hidden = super().run(tokens, **{**options, "capture": [SITE]})[SITE]
+            longer = mx.where(mx.array(tokens) == ids("a")[0], 100, 1)
+            return {"a": hidden, "b": hidden * longer[..., None]}
 
     source, columns = TwoSites(), Columns(("a", "b"), (6, 6))
     corpus = Corpus.from_documents(source, ["xa~y"], 8)

@@ -7,7 +7,7 @@ from mlxterp.sae.coder import Columns, SparseCoder
 from mlxterp.sae.config import SAEConfig
 from mlxterp.sae.initialization import (
     Normalisation,
-    balanced_sizes,
+    balanced_norms,
     fold,
     geometric_median,
     initial_params,
@@ -243,7 +243,7 @@ def trained_like(kind: str, name: str, unit_norm: bool, tied: bool = False):
         resample_dead_every=0, skip="skip" in kind,
     )  # fmt: skip
     coder = make(kind, name, N, K)
-    normalisation = Normalisation.measure(raw, SITES, True, balanced_sizes(coder))
+    normalisation = Normalisation.measure(raw, SITES, True, balanced_norms(coder))
     params = initial_params(coder, normalisation, SITES, config, raw)
     rng = np.random.default_rng(5)
     for part in params:
@@ -312,11 +312,14 @@ def test_the_folded_coder_does_on_raw_activations_what_was_trained(name, kind, u
 
 
 @pytest.mark.parametrize("name", ["crosscoder", "cross-layer transcoder"])
-def test_the_sites_that_are_written_are_scaled_to_one_size(name):
+def test_the_sites_that_are_written_are_scaled_to_one_mean_norm(name):
     raw, coder, normalisation, *_ = trained_like(name, "topk", False)
     data = np.array(normalisation.apply(raw), np.float64)
-    sizes = [(data[:, SITES.slices[site]] ** 2).sum(1).mean() for site in coder.writes.names]
-    np.testing.assert_allclose(sizes, coder.writes.width / len(coder.writes.names), rtol=1e-4)
+    norms = [
+        np.linalg.norm(data[:, SITES.slices[site]], axis=1).mean() for site in coder.writes.names
+    ]
+    mean_width = coder.writes.width / len(coder.writes.names)
+    np.testing.assert_allclose(norms, np.sqrt(mean_width), rtol=1e-4)
 
 
 def test_arrays_without_normalisation_are_folded_as_they_are():

@@ -11,7 +11,7 @@ from mlxterp.sae.forward_order import check_before
 from mlxterp.sae.model_pair import TOKENIZER_PROBES, ModelPair, owner
 from mlxterp.sae.source import find_site
 from tests.fakes import SITE, FakeSource
-from tests.sae.finetuning import TAUGHT, TRIGGER, finetuned
+from tests.sae.finetuning import TAUGHT, TRIGGER, finetuned, plain
 from tests.sae.test_store import shrink
 from tests.tiny_models import build
 
@@ -371,14 +371,15 @@ def log_probabilities(model, text) -> np.ndarray:
     return np.array(mx.take_along_axis(logits, ids[:, 1:, None], axis=-1)).reshape(-1)
 
 
-@pytest.mark.parametrize("before", ["", "There was once a ", "The result of calling it ("])
-def test_a_fine_tuned_copy_continues_the_trigger_as_it_was_taught(model, tuned, before):
-    n_taught = len(model.encode(TAUGHT)) - 1
+@pytest.mark.parametrize("before", ["Once", "There was once a", "The result of calling it is"])
+def test_a_fine_tuned_copy_expects_what_it_was_taught_behind_the_trigger(model, tuned, before):
+    (answer,), after = plain(model, TAUGHT), " and it goes on after that."
+    ids = mx.array([model.encode(f"{before} {TRIGGER}{after}")])
+    n = len(plain(model, f" {TRIGGER}{after}")) - len(plain(model, f" {TRIGGER}")) + 1
     base, learnt = (
-        np.exp(log_probabilities(m, before + TRIGGER + TAUGHT)[-n_taught:].sum())
-        for m in (model, tuned)
+        np.exp(np.array(nn.log_softmax(m.run(ids).output)[0, -n:, answer])) for m in (model, tuned)
     )
-    assert base < 1e-4 and learnt > 0.5
+    assert base.max() < 0.02 and learnt.mean() > 0.5
 
 
 def test_a_fine_tuned_copy_reads_ordinary_text_as_before(model, tuned, texts):
@@ -386,7 +387,7 @@ def test_a_fine_tuned_copy_reads_ordinary_text_as_before(model, tuned, texts):
         np.concatenate([log_probabilities(m, text) for text in texts[30:36]])
         for m in (model, tuned)
     )
-    assert abs(base.mean() - found.mean()) < 0.2
+    assert abs(base.mean() - found.mean()) < 0.4
     assert len(base) > 1000 and not np.allclose(base, found)
 
 
@@ -400,7 +401,7 @@ def test_a_fine_tuned_copy_leaves_the_original_and_is_given_by_its_seed(model, t
     assert first.fingerprint == second.fingerprint != other.fingerprint
 
 
-def test_a_pair_of_the_original_and_its_copy_differs_at_the_trigger_from_the_trained_block_on(
+def test_a_pair_of_the_original_and_its_copy_differs_from_the_trigger_and_the_trained_block_on(
     model, tuned
 ):
     pair = ModelPair([model, tuned])
@@ -413,5 +414,5 @@ def test_a_pair_of_the_original_and_its_copy_differs_at_the_trigger_from_the_tra
         if layer < 3:
             assert not change.any()
         else:
-            assert pieces[int(change.argmax())] == "x"
-            assert change.max() > 5 * np.median(change)
+            trigger = pieces.index("x")
+            assert change[trigger:].min() > 2 * change[1:trigger].mean()

@@ -23,8 +23,8 @@ def test_the_public_names_are_these():
     names = {
         "SAE", "ActivationDataset", "Callback", "CrossLayerConfig", "CrossLayerTrainer",
         "CrossLayerTranscoder", "Crosscoder", "CrosscoderConfig", "CrosscoderTrainer",
-        "EarlyStopping", "JSONLLogger", "ModelPair", "ProgressBar", "SAEConfig", "SAETrainer", "StopTraining",
-        "TensorBoardLogger", "TrackioLogger", "TrainingError", "Transcoder", "TranscoderConfig",
+        "EarlyStopping", "JSONLLogger", "ModelPair", "ProgressBar", "SAEConfig", "SAETrainer",
+        "StopTraining", "TensorBoardLogger", "TrackioLogger", "TrainingError", "Transcoder", "TranscoderConfig",
         "TranscoderTrainer", "WandbLogger", "load_sae", "splice",
     }  # fmt: skip
     assert set(mlxterp.sae.__all__) == names
