@@ -18,7 +18,7 @@ backend version
 sites interventions tokenization hooks probing dataflow architecture loading
 sae.kernels sae.activation_functions sae.files sae.gpu_sources sae.gpu_kernels sae.interrupts
 tracing trace generation analysis
-sae.config sae.coder sae.run_state sae.memory
+sae.config sae.coder sae.run_state sae.memory sae.demand
 sae.processes sae.parallel
 sae.losses sae.optimizer
 sae.schedules sae.dead_features sae.objective

@@ -168,7 +168,7 @@ def initial_params(
         params["W_dec"] = _regressed(objective, {**params, "W_enc": W_enc, **own}, x, y)
     if config.scale_init and not config.tied_weights:
         y_hat = objective.reconstruct({**params, "W_enc": W_enc, **own}, x)
-        bias = b_out + x @ skip["W_skip"].T if skip else b_out
+        bias = objective.bias(params, x)
         scale = _best_scale(y_hat - bias, y - bias)
     params["b_enc"] *= scale
     if not config.tied_weights:
@@ -204,7 +204,7 @@ def _regressed(objective: Objective, params: Params, x: mx.array, y: mx.array) -
     """The decoder of `params`, where a feature is active at all with the row `sum_b z_b (y_b - y')`
     as a unit vector, where `y'` is what is written without features."""
     coder = objective.coder
-    left_over = y - objective.reconstruct({**params, "W_dec": mx.zeros_like(params["W_dec"])}, x)
+    left_over = y - objective.bias(params, x)
     codes = objective.codes(params, x)
     rows = []
     for block, code, old in zip(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -19,12 +19,18 @@ FITTED_TOKENS = 4096
 # Arrays of one kind that are alive at the peak of a step, from measurements: MLX computes ahead,
 # and frees an array only when the last operation that reads it has run.
 UPDATED, UPDATED_ON_GPU = 2.5, 3.0  # largest matrices, in the gradient and in Adam's update
+REVIVED, NORMS = 2.0, 1.5  # more of them: to revive dead features, and for norms at several sites
 DENSE, DENSE_ON_GPU = 2.3, 4.0  # arrays [batch, n_features]
 DENSE_ALL = {"relu": 6.5, "jumprelu": 11.0, "gated": 13.5}  # those of codes that are not selected
+WEIGHTED = 1.1  # more of them, where features are selected by their value and these norms
 GATHERED, BLOCKS = 1.1, 13  # rows of each active (token, feature) pair; blocks of them at once
-STARTED = 1.9  # arrays [sample, n_features] when initial values are found
-VALIDATED, VALIDATED_ALL = 3.5, 3.0  # arrays [batch, n_features] on held-out data
+STARTED, REGRESSED = 1.9, 2.0  # arrays [sample, n_features] when initial values are found
+STARTED_ROWS = 1.5  # and [sample, d_in + d_out]
+VALIDATED, VALIDATED_RELU = 3.5, 2.0  # arrays [batch, n_features] on held-out data
+VALIDATED_BLOCKS, VALIDATED_ROWS = 3.0, 2.5  # more of them in blocks; and [batch, d_in + d_out]
 BATCHES = 4.0  # arrays [batch, d]
+# Copies of the sample when it is measured, and for settings that need more.
+SAMPLED, SAMPLED_FOR_MEDIAN, SAMPLED_FOR_SKIP = 3.0, 5.0, 6.0
 
 
 @dataclass(frozen=True)
@@ -93,43 +99,66 @@ def estimate(
     training_tokens: int = FITTED_TOKENS,
     validation_tokens: int = VALIDATION_TOKENS,
     on_gpu: bool | None = None,
+    matrices: Sequence[int] | None = None,
+    n_blocks: int = 1,
+    n_sites: int = 1,
+    regressed: bool = False,
+    sample_bytes: int = 0,
+    sampled: float = SAMPLED,
+    expansion_factor: float | None = None,
 ) -> MemoryEstimate:
     """What a run takes at its peak, from its sizes.
 
-    `k` is the number of active features, `None` for activation functions that do not select, whose
-    code and gradients are dense; `activation_function` says which of those. `dataset_bytes` are
-    those of the data that are not in memory yet but will be, `training_tokens` and
-    `validation_tokens` those to train on and held out. The numbers of arrays alive at once are
-    measured on the CPU, and mostly right within a quarter; those of a GPU are counted from the
-    formulas.
+    `k` is the number of active features of a block, `None` for activation functions that do not
+    select, whose code and gradients are dense; `activation_function` says which of those.
+    `matrices` are the numbers of entries of encoder, decoder and any others, by default those of a
+    full encoder and decoder. The coder has `n_blocks` and writes `n_sites`; `regressed` says that
+    it writes other sites than it reads, and so starts from a decoder found by regression.
+
+    `training_tokens` and `validation_tokens` are trained on and held out, `dataset_bytes` those of
+    the data that are not in memory yet but will be. The data are measured on a sample of
+    `sample_bytes`, which takes `sampled` times as much at once.
+
+    The numbers of arrays alive at once are measured on the CPU, and mostly right within a quarter;
+    those of a GPU are counted from the formulas.
     """
     on_gpu = mx.default_device() != mx.Device(mx.cpu) if on_gpu is None else on_gpu
-    matrices = [d_out * n_features] if tied else [d_in * n_features, d_out * n_features]
-    parameters = 4 * (sum(matrices) + n_features + d_out)
-    folded = 4 * (d_in * n_features + d_out * n_features + n_features + d_out)
+    encoder, decoder, *others = matrices or (d_in * n_features, d_out * n_features)
+    trained = [decoder, *others] if tied else [encoder, decoder, *others]
+    parameters = 4 * (sum(trained) + n_features + d_out)
+    folded = 4 * (encoder + decoder + sum(others) + n_features + d_out)
     item = 2 if precision == "bfloat16" else 4
     code = item * batch_size * n_features
     width = max(d_in, d_out)
+    row = max(d_in, decoder * n_blocks // n_features)  # of a pair of each block, side by side
     dense = DENSE_ALL.get(activation_function, DENSE_ALL["jumprelu"])
+    weighted = n_sites > 1 and n_blocks == 1
 
     def gathered(n_tokens: int) -> float:
         if k is None or on_gpu:
             return 0.0
-        return min(item * GATHERED * n_tokens * k * width, BLOCKS * GATHERED_BYTES)
+        return min(item * GATHERED * n_tokens * k * row, BLOCKS * GATHERED_BYTES)
 
+    updated = UPDATED_ON_GPU if on_gpu else UPDATED + REVIVED * (n_blocks == 1)
+    selected = (DENSE_ON_GPU if on_gpu else DENSE) + WEIGHTED * weighted
     step = {
         "gradients": parameters,
-        "parameter_update": 4 * (UPDATED_ON_GPU if on_gpu else UPDATED) * max(matrices),
-        "code": code * (dense if k is None else DENSE_ON_GPU if on_gpu else DENSE),
+        "parameter_update": 4 * (updated + NORMS * weighted) * max(trained),
+        "code": code * (dense if k is None else selected),
         "gathered_rows": gathered(batch_size),
         "batch": 4 * BATCHES * batch_size * width,
     }
     # None of the three is there at the same time as another; the moments come with the first step.
     stepping = sum(step.values())
     n_fitted = min(training_tokens, FITTED_TOKENS)
-    starting = 4 * STARTED * n_fitted * n_features + gathered(n_fitted) - 2 * parameters
-    validated = VALIDATED_ALL if k is None else VALIDATED
-    validation = 4 * validated * min(validation_tokens, VALIDATION_TOKENS) * n_features
+    n_validated = min(validation_tokens, VALIDATION_TOKENS)
+    simple = k is None and activation_function == "relu"
+    started = STARTED + REGRESSED * regressed + WEIGHTED * (weighted and not simple)
+    starting = 4 * n_fitted * (started * n_features + STARTED_ROWS * (d_in + d_out))
+    starting += gathered(n_fitted) + sample_bytes
+    starting = max(starting, sampled * sample_bytes) - 2 * parameters - folded
+    validated = (VALIDATED_RELU if simple else VALIDATED) + VALIDATED_BLOCKS * (n_blocks > 1)
+    validation = 4 * n_validated * (validated * n_features + VALIDATED_ROWS * (d_in + d_out))
     return MemoryEstimate(
         parameters=parameters,
         optimizer_state=2 * parameters,
@@ -138,7 +167,7 @@ def estimate(
         trained_coder=folded,
         dataset=dataset_bytes,
         batch_size=batch_size,
-        expansion_factor=n_features / d_in,
+        expansion_factor=expansion_factor or n_features / d_in,
         **{name: round(n) for name, n in step.items()},
     )
 
@@ -175,28 +204,45 @@ def _main_memory() -> DeviceMemory | None:
         return None
 
 
-def check(needed: MemoryEstimate, memory: DeviceMemory | None = None) -> None:
+def check(
+    needed: MemoryEstimate,
+    memory: DeviceMemory | None = None,
+    smaller: Callable[[float], Mapping[str, MemoryEstimate]] | None = None,
+) -> None:
     """Compare with the memory of the device, or the one given.
 
     Raises `MemoryError` where the run needs more than there is in all, and warns where it needs
-    more than nine tenths of what is free; both say what to change.
+    more than nine tenths of what is free; both say what to change. `smaller` tells which settings
+    take no more than a number of bytes.
     """
     memory = memory or device_memory()
     if memory is None or needed.total <= 0.9 * memory.free:
         return
     largest = ", ".join(f"{name} {_readable(n)}" for name, n in [*needed.parts.items()][:3])
-    settings = (
-        f"batch_size (now {needed.batch_size}) or expansion_factor ({needed.expansion_factor:g})"
-    )
-    if needed.dataset:
-        settings = settings.replace(" or", ",") + f", or buffer_bytes ({needed.dataset:,} in use)"
     message = (
         f"Training needs about {_readable(needed.total)}; {_readable(memory.free)} of "
-        f"{_readable(memory.total)} are free. Largest: {largest}. Lower {settings}."
+        f"{_readable(memory.total)} are free. Largest: {largest}. "
+        + _advice(needed, smaller(0.9 * memory.free) if smaller else {})
     )
     if needed.total > memory.total:
         raise MemoryError(message)
     warnings.warn(message, stacklevel=2)
+
+
+def _advice(needed: MemoryEstimate, smaller: Mapping[str, MemoryEstimate]) -> str:
+    buffer = f"buffer_bytes ({needed.dataset:,} in use)"
+    if smaller:
+        *others, last = [f"{name} ({_readable(one.total)})" for name, one in smaller.items()]
+        settings = f"{', '.join(others)} or {last}" if others else last
+        also = f" A lower {buffer} may fit as well." if needed.dataset else ""
+        return f"What fits is at most {settings}.{also}"
+    settings = [
+        f"batch_size (now {needed.batch_size})",
+        f"expansion_factor ({needed.expansion_factor:g})",
+    ]
+    if needed.dataset:
+        return f"Lower {', '.join(settings)}, or {buffer}."
+    return f"Lower {' or '.join(settings)}."
 
 
 def _readable(n_bytes: int) -> str:

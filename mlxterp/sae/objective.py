@@ -100,11 +100,18 @@ class Objective:
         """The code of each block for inputs `[batch, d_in]`."""
         return self._encode(self._blocks(params), x)
 
+    def bias(self, params: Params, x: mx.array) -> mx.array:
+        """What is written whatever the code is, `[d_out]` or `[batch, d_out]`."""
+        if "W_skip" not in params:
+            return params["b_dec"]
+        W_skip = params["W_skip"].astype(self._dtype)
+        return params["b_dec"] + (x.astype(self._dtype) @ W_skip.T).astype(mx.float32)
+
     def reconstruct(self, params: Params, x: mx.array) -> mx.array:
         """The reconstruction `[batch, d_out]` as it is in training."""
         blocks = self._blocks(params)
         codes = self._encode(blocks, x)
-        return self._parts(blocks, codes).sum(axis=1) + self._bias(params, x)
+        return self._parts(blocks, codes).sum(axis=1) + self.bias(params, x)
 
     def __call__(
         self, params: Params, x: mx.array, y: mx.array, dead: mx.array, coefficient: mx.array
@@ -114,7 +121,7 @@ class Objective:
         x, y, params = division.own_tokens(x), division.own_tokens(y), division.replicated(params)
         blocks = self._blocks(params)
         codes = self._encode(blocks, x)
-        bias = self._bias(params, x)
+        bias = self.bias(params, x)
         parts = self._parts(blocks, codes)
         error, residual = losses.nested_error(parts, bias, y, self._importance)
         loss = error
@@ -185,13 +192,6 @@ class Objective:
             for (block, params, _), code in zip(blocks, codes, strict=True)
         ]
         return sum(written[1:], written[0])
-
-    def _bias(self, params: Params, x: mx.array) -> mx.array:
-        """What is written whatever the code is, `[d_out]` or `[batch, d_out]`."""
-        if "W_skip" not in params:
-            return params["b_dec"]
-        W_skip = params["W_skip"].astype(self._dtype)
-        return params["b_dec"] + (x.astype(self._dtype) @ W_skip.T).astype(mx.float32)
 
     def _error_of_gates(
         self, blocks: Blocks, codes: list[Code], bias: mx.array, y: mx.array

@@ -17,6 +17,7 @@ from mlxterp.sae.callbacks import Advice, Callback, StopTraining
 from mlxterp.sae.coder import SparseCoder
 from mlxterp.sae.config import SAEConfig
 from mlxterp.sae.dataset import ActivationDataset
+from mlxterp.sae.demand import Training
 from mlxterp.sae.interrupts import Requests, stop_requests
 from mlxterp.sae.loggers import JSONLLogger
 from mlxterp.sae.parallel import Parallel, divide, first_before_others
@@ -191,23 +192,15 @@ def check_memory(
 ) -> None:
     """Warns where the device has hardly enough memory; raises `MemoryError` where it has not."""
     data = [part for part in (dataset, validation) if part is not None]
-    needed = [
-        memory.estimate(
-            d_in=coder.d_in,
-            d_out=coder.d_out,
-            n_features=coder.n_features,
-            batch_size=min(config.batch_size, len(dataset)),
-            k=coder.k,
-            activation_function=config.activation_function,
-            training_tokens=len(dataset),
-            tied=config.tied_weights,
-            precision=config.precision,
-            dataset_bytes=sum(part.bytes_to_come for part in data),
-            validation_tokens=0 if validation is None else len(validation),
-        )
-        for coder, config in coders
-    ]
-    memory.check(memory.together(needed))
+    training = Training(
+        tuple(coders),
+        batch_size=min(max(config.batch_size for _, config in coders), len(dataset)),
+        width=dataset.columns.width,
+        training_tokens=len(dataset),
+        validation_tokens=0 if validation is None else len(validation),
+        dataset_bytes=sum(part.bytes_to_come for part in data),
+    )
+    memory.check(training.needed(), smaller=training.smaller)
 
 
 def prepare(dataset: ActivationDataset, config: SAEConfig) -> tuple[mx.array, Plan]:

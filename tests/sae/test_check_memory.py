@@ -2,10 +2,16 @@
 
 import json
 import logging
+import re
 
+import mlx.core as mx
+import numpy as np
 import pytest
 
 from mlxterp.sae import ActivationDataset, Callback, StopTraining, memory
+from mlxterp.sae.coder import Columns
+from mlxterp.sae.config import CrosscoderConfig
+from mlxterp.sae.crosscoder import Crosscoder, CrosscoderTrainer
 from mlxterp.sae.memory import DeviceMemory
 from mlxterp.sae.trainer import Trainer, check_memory, train_together
 from tests.fakes import SITE, FakeSource
@@ -36,7 +42,7 @@ def needed(*coders, dataset) -> int:
     """What `check_memory` asks for."""
     found = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "check", found.append)
+        patch.setattr(memory, "check", lambda needed, **_: found.append(needed))
         check_memory(coders, dataset, None)
     return found[0].total
 
@@ -46,7 +52,7 @@ def test_a_run_that_cannot_fit_is_refused_before_the_model_is_run(device, tmp_pa
     coder = coder_for(dataset, config())
     before = coder.W_dec
     device(needed((coder, config()), dataset=dataset) - 1)
-    with pytest.raises(MemoryError, match=r"Lower batch_size \(now 32\), expansion_factor \(4\)"):
+    with pytest.raises(MemoryError, match=r"What fits is at most expansion_factor"):
         Trainer(config(), tmp_path / "run").fit(coder, dataset)
     assert coder.W_dec is before and not (tmp_path / "run").exists()
 
@@ -60,6 +66,86 @@ def test_several_coders_that_fit_one_by_one_may_not_fit_together(device):
     device((one + all_four) // 2)
     with pytest.raises(MemoryError, match="Training needs about"):
         train_together(coders, dataset)
+
+
+GIB = 1 << 30
+WIDE = {f"layers.{i}.mlp": 2048 for i in range(3)}
+
+
+def crosscoder_of(settings: CrosscoderConfig, n_sites: int = 3) -> Crosscoder:
+    columns = Columns(tuple(WIDE)[:n_sites], tuple(WIDE.values())[:n_sites])
+    return Crosscoder.untrained(columns, columns, settings)
+
+
+def wide_data(n_sites: int = 3) -> ActivationDataset:
+    rows = np.ones((32, 2048), np.float32)
+    return ActivationDataset.from_activations({site: rows for site in list(WIDE)[:n_sites]})
+
+
+def test_a_wide_crosscoder_is_refused_before_anything_large_is_allocated(device):
+    device(8 * GIB)
+    data, settings = wide_data(), CrosscoderConfig(validation_split=0)
+    assert crosscoder_of(settings).n_features == 49_152
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    with pytest.raises(MemoryError, match=r"Training needs about 1\d\.\d GiB"):
+        CrosscoderTrainer(settings).fit(data)
+    assert mx.get_peak_memory() - before < 1 << 20
+
+
+def longer(monkeypatch, n_tokens: int) -> None:
+    """Datasets of so many tokens, as far as their lengths tell."""
+    monkeypatch.setattr(ActivationDataset, "__len__", lambda _: n_tokens)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "total", "named"),
+    [
+        (128, 8, {"expansion_factor"}),
+        (128, 16, {"expansion_factor", "sites"}),
+        (16_384, 28, {"batch_size", "expansion_factor", "sites"}),
+    ],
+)
+def test_the_settings_that_a_refusal_names_pass_the_check(
+    device, monkeypatch, batch_size, total, named
+):
+    longer(monkeypatch, 1_000_000)
+    device(total * GIB)
+    settings = CrosscoderConfig(batch_size=batch_size)
+    with pytest.raises(MemoryError) as refused:
+        check_memory([(crosscoder_of(settings), settings)], wide_data(), None)
+    message = str(refused.value)
+    changes = dict(re.findall(r"(batch_size|expansion_factor) ([\d.]+) \(", message))
+    sites = re.findall(r"(\d) sites \(", message)
+    assert {*changes, *(["sites"] if sites else [])} == named
+    for name, value in changes.items():
+        value = type(getattr(settings, name))(float(value))
+        assert value < getattr(settings, name)
+        changed = settings.replace(**{name: value})
+        check_memory([(crosscoder_of(changed), changed)], wide_data(), None)
+    for n in map(int, sites):
+        check_memory([(crosscoder_of(settings, n), settings)], wide_data(n), None)
+
+
+def test_the_next_larger_factor_would_not_have_fitted(device, monkeypatch):
+    longer(monkeypatch, 1_000_000)
+    device(32 * GIB, free=16 * GIB)
+    settings = CrosscoderConfig()
+    with pytest.warns(UserWarning) as warned:
+        check_memory([(crosscoder_of(settings), settings)], wide_data(), None)
+    (factor,) = re.findall(r"expansion_factor (\d+) \(", str(warned[0].message))
+    larger = settings.replace(expansion_factor=int(factor) + 1)
+    with pytest.warns(UserWarning, match=f"expansion_factor {factor} "):
+        check_memory([(crosscoder_of(larger), larger)], wide_data(), None)
+
+
+def test_where_nothing_fits_it_says_what_to_lower(device):
+    device(GIB // 4)
+    settings = CrosscoderConfig(k=2048)
+    with pytest.raises(
+        MemoryError, match=r"Lower batch_size \(now 32\) or expansion_factor \(24\)"
+    ):
+        check_memory([(crosscoder_of(settings), settings)], wide_data(), None)
 
 
 def test_a_run_that_fits_is_made_and_one_that_hardly_fits_is_warned_of(device):

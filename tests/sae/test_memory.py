@@ -5,8 +5,12 @@ import numpy as np
 import pytest
 
 from mlxterp.sae import SAEConfig, SAETrainer, memory
+from mlxterp.sae.config import CrosscoderConfig, CrossLayerConfig, TranscoderConfig
+from mlxterp.sae.cross_layer import CrossLayerTrainer
+from mlxterp.sae.crosscoder import CrosscoderTrainer
 from mlxterp.sae.kernels import GATHERED_BYTES
 from mlxterp.sae.memory import DeviceMemory, check, device_memory, estimate, together
+from mlxterp.sae.transcoder import TranscoderTrainer
 
 GIB = 1 << 30
 SIZES = {"d_in": 512, "d_out": 512, "n_features": 8192, "batch_size": 1024, "k": 32}
@@ -158,6 +162,43 @@ def test_the_memory_of_a_cpu_is_what_linux_says(monkeypatch, tmp_path):
     assert device_memory() is None
 
 
+def test_matrices_without_their_zero_blocks_count_as_they_are():
+    # Four layers of width 64 with 512 features each, which write 4, 3, 2 and 1 layers.
+    sizes = {"d_in": 256, "d_out": 256, "n_features": 2048, "batch_size": 64, "k": 8}
+    matrices = [2048 * 64, 512 * 64 * (4 + 3 + 2 + 1)]
+    found = estimate(**sizes, matrices=matrices, n_blocks=4, n_sites=4, on_gpu=False)
+    assert found.parameters == 4 * (sum(matrices) + 2048 + 256) == found.trained_coder
+    assert found.parameter_update == 4 * memory.UPDATED * matrices[1]
+    rows = 64 * 8 * 64 * (4 + 3 + 2 + 1)
+    assert found.gathered_rows == pytest.approx(4 * memory.GATHERED * rows)
+    skip = estimate(**sizes, matrices=[*matrices, 256 * 256], n_blocks=4, n_sites=4)
+    assert skip.parameters == found.parameters + 4 * 256 * 256
+
+
+def test_norms_at_several_sites_and_regression_take_more():
+    several = estimate(**SIZES, n_sites=2, on_gpu=False)
+    assert several.code > ON_CPU.code
+    assert several.parameter_update > ON_CPU.parameter_update
+    regressed = estimate(**SIZES, regressed=True, on_gpu=False)
+    assert regressed.start > ON_CPU.start
+
+
+def test_a_sample_counts_where_it_takes_more_than_a_step():
+    narrow = {"d_in": 64, "d_out": 64, "n_features": 64, "k": 4, "batch_size": 64, "on_gpu": False}
+    found = estimate(**narrow, sample_bytes=GIB)
+    assert found.total == pytest.approx(memory.SAMPLED * GIB, rel=0.01)
+    more = estimate(**narrow, sample_bytes=GIB, sampled=5)
+    assert more.total == pytest.approx(5 * GIB, rel=0.01)
+
+
+def real_peak(trainer, *data, **sites) -> int:
+    """What a training takes at its peak beyond what is there before."""
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    trainer.fit(*data, **sites)
+    return mx.get_peak_memory() - before
+
+
 @pytest.mark.skipif(mx.default_device() != mx.Device(mx.cpu), reason="measured on the CPU")
 def test_a_real_run_takes_about_what_was_estimated():
     x = np.random.default_rng(0).normal(size=(4096, 128)).astype(np.float32)
@@ -165,9 +206,7 @@ def test_a_real_run_takes_about_what_was_estimated():
         expansion_factor=16, k=16, batch_size=1024, num_epochs=1, warmup_steps=0, log_every=2,
         validation_split=0.5,
     )  # fmt: skip
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    SAETrainer(config).fit(x)
+    peak = real_peak(SAETrainer(config), x)
     found = estimate(
         d_in=128,
         d_out=128,
@@ -178,4 +217,31 @@ def test_a_real_run_takes_about_what_was_estimated():
         training_tokens=2048,
         validation_tokens=2048,
     )
-    assert 0.6 < found.total / (mx.get_peak_memory() - before) < 1.5
+    assert 0.6 < found.total / peak < 1.5
+
+
+RUN = {"num_epochs": 1, "warmup_steps": 0, "log_every": 2, "validation_split": 0.5}
+
+
+@pytest.mark.skipif(mx.default_device() != mx.Device(mx.cpu), reason="measured on the CPU")
+@pytest.mark.parametrize("activation_function", ["topk", "relu"])
+@pytest.mark.parametrize("kind", ["crosscoder", "transcoder", "cross-layer transcoder"])
+def test_a_real_run_of_every_kind_takes_about_what_was_estimated(
+    kind, activation_function, monkeypatch
+):
+    found = []
+    monkeypatch.setattr(memory, "check", lambda needed, **_: found.append(needed))
+    rng = np.random.default_rng(0)
+    data = {name: rng.normal(size=(4096, 128)).astype(np.float32) for name in "abcd"}
+    options = {**RUN, "activation_function": activation_function, "k": 16}
+    if kind == "crosscoder":
+        config = CrosscoderConfig(**options, expansion_factor=12, batch_size=512)
+        peak = real_peak(CrosscoderTrainer(config), data)
+    elif kind == "transcoder":
+        config = TranscoderConfig(**options, expansion_factor=16, batch_size=512)
+        peak = real_peak(TranscoderTrainer(config), data, reads="a", writes="b")
+    else:
+        config = CrossLayerConfig(**options, expansion_factor=8, batch_size=512)
+        peak = real_peak(CrossLayerTrainer(config), data, reads=["a", "b"], writes=["c", "d"])
+    in_memory = sum(array.nbytes for array in data.values())
+    assert 0.6 < (found[0].total + in_memory) / peak < 1.6
