@@ -65,8 +65,9 @@ class Columns:
 
     def join(self, activations: Mapping[str, mx.array]) -> mx.array:
         """One array `[..., width]` from one array per site."""
-        _check_sites(self.names, list(activations))
-        return mx.concatenate([activations[name] for name in self.names], axis=-1)
+        found = {str(site): x for site, x in activations.items()}
+        _check_sites(self.names, list(found))
+        return mx.concatenate([found[name] for name in self.names], axis=-1)
 
     def take(self, joined: mx.array, names: tuple[str, ...]) -> mx.array:
         """The columns `[..., d]` of the named sites, in that order, out of `[..., width]`."""

@@ -47,7 +47,8 @@ class CrossLayerTranscoder(BaseSAE):
     @classmethod
     def untrained(cls, reads: Columns, writes: Columns, config: SAEConfig) -> Self:
         n_features = len(reads.names) * config.n_features(reads.widths[0])
-        return cls(reads, writes, n_features, config.activation_function, config.k)
+        name = config.activation_function
+        return cls(reads, writes, n_features, name, config.k, skip=config.skip)
 
     def make_blocks(self, n_features: int) -> tuple[Block, ...]:
         n = len(self.reads.names)

@@ -4,10 +4,12 @@ import mlx.core as mx
 import numpy as np
 
 from mlxterp.sae.coder import Columns, SparseCoder
-from mlxterp.sae.cross_layer import CrossLayerTranscoder
-from mlxterp.sae.crosscoder import Crosscoder
-from mlxterp.sae.sae import SAE
-from mlxterp.sae.transcoder import Transcoder
+from mlxterp.sae.config import SAEConfig
+from mlxterp.sae.cross_layer import CrossLayerTrainer, CrossLayerTranscoder
+from mlxterp.sae.crosscoder import Crosscoder, CrosscoderTrainer
+from mlxterp.sae.dataset import ActivationDataset
+from mlxterp.sae.sae import SAE, SAETrainer
+from mlxterp.sae.transcoder import Transcoder, TranscoderTrainer
 
 SITES = Columns(("in.0", "in.1", "out.0", "out.1"), (6, 6, 5, 5))
 KINDS = {  # class, what it reads, what it writes, further options
@@ -19,6 +21,19 @@ KINDS = {  # class, what it reads, what it writes, further options
         CrossLayerTranscoder, ("in.0", "in.1"), ("out.0", "out.1"), {},
     ),
 }  # fmt: skip
+TRAINERS = {
+    SAE: SAETrainer, Transcoder: TranscoderTrainer, Crosscoder: CrosscoderTrainer,
+    CrossLayerTranscoder: CrossLayerTrainer,
+}  # fmt: skip
+# Of all pairs of a kind and an activation function enough that whatever differs meets: every kind
+# with a function of each sort, and every function with a coder of one site and one of several.
+FUNCTIONS = ("topk", "batch_topk", "abs_topk", "jumprelu", "relu", "gated")
+PAIRS = [
+    (kind, name)
+    for kind in KINDS
+    for name in FUNCTIONS
+    if kind in ("sae", "crosscoder") or name in ("topk", "batch_topk", "relu")
+]
 
 
 def make(kind: str, activation_function: str = "topk", n_features: int = 30, k: int = 4):
@@ -27,6 +42,25 @@ def make(kind: str, activation_function: str = "topk", n_features: int = 30, k: 
     return of_kind(
         _columns(reads), _columns(writes), n_features, activation_function, k=k, **options
     )
+
+
+def untrained(kind: str, config: SAEConfig) -> SparseCoder:
+    """An untrained coder of the kind, of the config's size."""
+    of_kind, reads, writes, _ = KINDS[kind]
+    return of_kind.untrained(_columns(reads), _columns(writes), config)
+
+
+def fit(
+    kind: str, rows: mx.array, config: SAEConfig | None, *args, resume: bool = False, **options
+):
+    """A coder of the kind, as its trainer makes it from activations of all sites."""
+    of_kind, reads, writes, _ = KINDS[kind]
+    trainer = TRAINERS[of_kind](config, *args, **options)
+    wanted = of_sites(rows)
+    if of_kind in (SAE, Crosscoder):  # which have no choice of sites
+        return trainer.fit({name: wanted[name] for name in reads}, resume)
+    reads, writes = (names[0] if len(names) == 1 else names for names in (reads, writes))
+    return trainer.fit(wanted, reads=reads, writes=writes, resume=resume)
 
 
 def settings(kind: str) -> dict:
@@ -43,6 +77,11 @@ def activations(n: int = 200, seed: int = 0) -> mx.array:
     scale = np.repeat([1, 3, 10, 0.2], SITES.widths)
     rows = (z @ mixing + 0.05 * rng.normal(size=(n, SITES.width)) + 0.3) * scale
     return mx.array(rows.astype(np.float32))
+
+
+def dataset(n: int = 200, seed: int = 0) -> ActivationDataset:
+    """The same rows as a dataset of all sites."""
+    return ActivationDataset.from_activations(of_sites(activations(n, seed)))
 
 
 def of_sites(rows: mx.array) -> dict[str, mx.array]:
@@ -67,3 +106,21 @@ def dense_encoder(coder: SparseCoder, W_enc: mx.array | None = None) -> np.ndarr
     for block in coder.blocks:
         found[block.features, block.reads] = W_enc[block.features]
     return found
+
+
+def dense(coder: SparseCoder, params: dict) -> dict:
+    """The parameters with both matrices in their dense form."""
+    forms = {"W_enc": dense_encoder, "W_dec": dense_decoder}
+    if len(coder.blocks) == 1:
+        return dict(params)
+    return {n: forms[n](coder, mx.array(a)) if n in forms else a for n, a in params.items()}
+
+
+def compact(coder: SparseCoder, arrays: dict) -> dict:
+    """The inverse of `dense`, for arrays of NumPy."""
+    if len(coder.blocks) == 1:
+        return dict(arrays)
+    width, blocks = coder.W_dec.shape[1], coder.blocks
+    rows = [arrays["W_dec"][b.features, b.writes].reshape(-1, width) for b in blocks]
+    read = [arrays["W_enc"][b.features, b.reads] for b in blocks]
+    return {**arrays, "W_dec": np.concatenate(rows), "W_enc": np.concatenate(read)}

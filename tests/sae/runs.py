@@ -9,6 +9,7 @@ from mlxterp.sae.coder import SparseCoder
 from mlxterp.sae.run import Run
 from mlxterp.sae.trainer import Trainer, TrainingResult, prepare
 from tests.fakes import SITE, FakeSource
+from tests.sae import kinds
 from tests.sae.synthetic import planted
 
 # Features that die, are revived by the auxiliary loss and resampled: all that a run has to restore.
@@ -30,37 +31,48 @@ def tokens(n=330, width=8, seed=0) -> np.ndarray:
     return planted(n, n_features=16, width=width, active=2, seed=seed)[1]
 
 
-def in_memory(n=330, seed=0) -> tuple[ActivationDataset, ActivationDataset]:
+def in_memory(n=330, seed=0, kind="") -> tuple[ActivationDataset, ActivationDataset]:
+    """Of the sites that a coder of a kind is between, or of one site."""
+    if kind:
+        return kinds.dataset(n, seed).split(0.1)
     return ActivationDataset.from_activations(tokens(n, seed=seed)).split(0.1)
 
 
-def streaming() -> tuple[ActivationDataset, ActivationDataset]:
+def streaming(kind="") -> tuple[ActivationDataset, ActivationDataset]:
     rng = np.random.default_rng(0)
     texts = ["".join(rng.choice(list("abcdefgh "), size=17)) for _ in range(14)]
+    sites = dict(zip(kinds.SITES.names, kinds.SITES.widths, strict=True)) if kind else {SITE: 8}
+    source = FakeSource(width=8, further=sites)
     dataset = ActivationDataset.from_texts(
-        FakeSource(width=8), texts, SITE, context_length=16, buffer_bytes=64 * 4 * 8
+        source, texts, list(sites), context_length=16, buffer_bytes=64 * 4 * sum(sites.values())
     )
     assert not dataset.in_memory
     return dataset.split(0.1)
 
 
-def coder_for(dataset: ActivationDataset, settings: SAEConfig) -> SparseCoder:
+def coder_for(dataset: ActivationDataset, settings: SAEConfig, kind: str = "") -> SparseCoder:
+    """A coder of a kind, or one of all sites of a dataset."""
+    if kind:
+        return kinds.untrained(kind, settings)
     columns, name = dataset.columns, settings.activation_function
     n_features = settings.n_features(columns.width)
     return SparseCoder(columns, columns, n_features, activation_function=name, k=settings.k)
 
 
-def run_of(settings: SAEConfig, dataset: ActivationDataset, validation=None, **options) -> Run:
+def run_of(
+    settings: SAEConfig, dataset: ActivationDataset, validation=None, kind="", **options
+) -> Run:
     """A run before its first step."""
     sample, plan = prepare(dataset, settings)
-    return Run(settings, coder_for(dataset, settings), dataset, validation, plan, sample, **options)
+    coder = coder_for(dataset, settings, kind)
+    return Run(settings, coder, dataset, validation, plan, sample, **options)
 
 
 def fit(
-    data, settings, directory=None, callbacks=(), resume=False
+    data, settings, directory=None, callbacks=(), resume=False, kind=""
 ) -> tuple[SparseCoder, TrainingResult]:
     training, validation = data
-    coder = coder_for(training, settings)
+    coder = coder_for(training, settings, kind)
     result = Trainer(settings, directory, callbacks).fit(coder, training, validation, resume)
     return coder, result
 

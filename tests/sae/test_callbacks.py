@@ -14,6 +14,7 @@ from mlxterp.sae.callbacks import (
 )
 from mlxterp.sae.config import SAEConfig
 from mlxterp.sae.sae import SAETrainer
+from tests.sae import kinds
 from tests.sae.synthetic import planted
 
 CONFIG = SAEConfig(
@@ -86,14 +87,16 @@ def every(value_of, key, step=20, n_steps=1000):
     return [report(s, **{key: value_of(s / n_steps)}) for s in range(step, n_steps + 1, step)]
 
 
-def test_events_come_in_order_and_hold_what_is_promised():
+@pytest.mark.parametrize("kind", kinds.KINDS)
+def test_events_come_in_order_and_hold_what_is_promised(kind):
     record = Record()
-    config = CONFIG.replace(validation_split=0.1)
-    SAETrainer(config, callbacks=[record]).fit(data())
+    config = CONFIG.replace(validation_split=0.1, **kinds.settings(kind))
+    coder = kinds.fit(kind, kinds.activations(200), config, callbacks=[record])
     # 180 tokens to train on make 5 steps in each epoch.
     run = record.events[0][1]
     assert (run.n_steps, run.batch_size, run.first_step) == (10, 32, 0)
-    assert (run.d_in, run.d_out, run.n_features) == (8, 8, 32)
+    sizes = (coder.d_in, coder.d_out, coder.n_features)
+    assert (run.d_in, run.d_out, run.n_features) == sizes and coder.n_features >= 24
     assert run.config == config.to_dict() and run.checkpoint_dir is None
     assert record.of("step") == list(range(1, 11)) and record.events[-1] == ("end",)
     assert {4, 8} <= {one["step"] for one in record.of("report")}
@@ -108,14 +111,16 @@ def test_events_come_in_order_and_hold_what_is_promised():
     assert record.events[where - 1] == ("step", record.of("report")[0]["step"])
 
 
-def test_the_end_is_reported_when_a_run_fails():
+@pytest.mark.parametrize("kind", kinds.KINDS)
+def test_the_end_is_reported_when_a_run_fails(kind):
     class Fail(Record):
         def on_step_end(self, step):
             raise RuntimeError("enough")
 
     record = Fail()
     with pytest.raises(RuntimeError, match="enough"):
-        SAETrainer(CONFIG, callbacks=[record]).fit(data())
+        config = CONFIG.replace(**kinds.settings(kind))
+        kinds.fit(kind, kinds.activations(), config, callbacks=[record])
     assert [event[0] for event in record.events] == ["begin", "end"]
 
 
@@ -127,30 +132,33 @@ def test_a_resumed_run_says_where_it_starts(tmp_path):
     assert record.of("begin")[0].checkpoint_dir == tmp_path
 
 
-def test_every_checkpoint_is_reported_once_it_is_there(tmp_path):
+@pytest.mark.parametrize("kind", kinds.KINDS)
+def test_every_checkpoint_is_reported_once_it_is_there(kind, tmp_path):
     class Look(Record):
         def on_checkpoint(self, path):
             assert (path / "run.json").is_file()
             super().on_checkpoint(path)
 
     record = Look()
-    SAETrainer(CONFIG.replace(checkpoint_every=4), tmp_path, [record]).fit(data())
+    config = CONFIG.replace(checkpoint_every=4, **kinds.settings(kind))
+    kinds.fit(kind, kinds.activations(200), config, tmp_path, [record])
     assert [path.name[-2:] for path in record.of("checkpoint")] == ["04", "08", "10"]
 
 
-def test_a_run_that_is_stopped_is_complete_and_every_callback_hears_of_it(tmp_path):
+@pytest.mark.parametrize("kind", kinds.KINDS)
+def test_a_run_that_is_stopped_is_complete_and_every_callback_hears_of_it(kind, tmp_path):
     class Stop(Callback):
         def on_val_loss_report(self, info):
             raise StopTraining("enough")
 
     record = Record()
-    config = CONFIG.replace(validation_split=0.1)
-    sae = SAETrainer(config, tmp_path, callbacks=[Stop(), record]).fit(data())
+    config, rows = CONFIG.replace(validation_split=0.1, **kinds.settings(kind)), kinds.activations()
+    coder = kinds.fit(kind, rows, config, tmp_path, callbacks=[Stop(), record])
     stopped_at = record.of("step")[-1]
     assert stopped_at < 10 and len(record.of("validation")) == 1
     assert record.events[-1] == ("end",) and record.of("checkpoint")
-    assert sae.statistics.validation[-1]["step"] == stopped_at
-    assert sae.encode(data()).shape == (200, 32)
+    assert coder.statistics.validation[-1]["step"] == stopped_at
+    assert coder.encode(kinds.of_sites(rows)).shape == (200, coder.n_features)
 
 
 def test_the_progress_bar_counts_tokens_and_shows_the_figures(capsys):

@@ -6,18 +6,23 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 from mlxterp.sae import SAE, load_sae
-from mlxterp.sae.base import Metadata, Statistics
-from mlxterp.sae.coder import Columns
+from mlxterp.sae.base import BaseSAE, Metadata, Statistics
+from tests.sae import kinds
 
 FILES = {
     "config.json", "encoder.safetensors", "decoder.safetensors", "encoder_bias.safetensors",
     "statistics.json", "metadata.json",
 }  # fmt: skip
-ARRAY_KEYS = [
-    ("encoder.safetensors", "W_enc"), ("decoder.safetensors", "W_dec"),
-    ("decoder.safetensors", "b_dec"), ("encoder_bias.safetensors", "b_enc"),
+ARRAYS = [
+    ("encoder.safetensors", "W_enc", "sae"), ("decoder.safetensors", "W_dec", "sae"),
+    ("decoder.safetensors", "b_dec", "sae"), ("encoder_bias.safetensors", "b_enc", "sae"),
+    ("decoder.safetensors", "W_skip", "skip transcoder"),
+    ("decoder.safetensors", "site_scale", "crosscoder"),
+    ("encoder.safetensors", "W_enc", "cross-layer transcoder"),
+    ("decoder.safetensors", "W_dec", "cross-layer transcoder"),
 ]  # fmt: skip
 JSON_KEYS = [
     ("config.json", key)
@@ -28,9 +33,8 @@ JSON_KEYS = [
 ]  # fmt: skip
 
 
-def example(seed: int = 0, name: str = "topk") -> SAE:
-    columns = Columns(("layers.0.mlp",), (6,))
-    coder = SAE(columns, columns, 30, activation_function=name, k=4)
+def example(seed: int = 0, name: str = "topk", kind: str = "sae") -> BaseSAE:
+    coder = kinds.make(kind, name)
     rng = np.random.default_rng(seed)
     for arrays in coder.array_files().values():
         for part, array in arrays.items():
@@ -40,8 +44,8 @@ def example(seed: int = 0, name: str = "topk") -> SAE:
     return coder
 
 
-def inputs() -> mx.array:
-    return mx.array(np.random.default_rng(9).normal(size=(50, 6)).astype(np.float32))
+def inputs(width: int = 6) -> mx.array:
+    return mx.array(np.random.default_rng(9).normal(size=(50, width)).astype(np.float32))
 
 
 @pytest.fixture
@@ -75,20 +79,29 @@ OWN = [("batch_topk", "threshold"), ("jumprelu", "threshold"), ("gated", "offset
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_every_activation_function_comes_back_with_its_options_and_arrays(name, tmp_path):
-    original = example(name=name)
+@pytest.mark.parametrize("kind", kinds.KINDS)
+def test_every_kind_and_activation_function_comes_back_with_its_options_and_arrays(
+    kind, name, tmp_path
+):
+    original = example(name=name, kind=kind)
     saved = original.save(tmp_path / "sae.mlx")
     assert {path.name for path in saved.iterdir()} == FILES
     config = json.loads((saved / "config.json").read_text())
     assert config["activation_function"] == {"activation_function": name, **OPTIONS[name]}
+    assert (config["kind"], config["skip"]) == (type(original).kind, "skip" in kind)
+    assert [site["site"] for site in config["reads"]] == list(original.reads.names)
+    assert [site["width"] for site in config["writes"]] == list(original.writes.widths)
     loaded = load_sae(saved)
-    assert repr(loaded) == repr(original) and loaded.to_config() == original.to_config()
-    for file, arrays in original.array_files().items():
-        assert set(loaded.array_files()[file]) == set(arrays)
-        assert all(mx.array_equal(loaded.array_files()[file][n], a) for n, a in arrays.items())
-    z = original.encode(inputs())
-    assert (z != 0).any().item() and mx.array_equal(loaded.encode(inputs()), z)
-    assert mx.array_equal(loaded(inputs()), original(inputs()))
+    assert type(loaded) is type(original) and loaded.to_config() == original.to_config()
+    assert repr(loaded) == repr(original)
+    ours, theirs = (dict(tree_flatten(coder.parameters())) for coder in (original, loaded))
+    assert set(ours) == set(theirs) and ("W_skip" in ours) == ("skip" in kind)
+    assert all(mx.array_equal(theirs[array], ours[array]) for array in ours)
+    x = inputs(original.d_in)
+    z = original.encode(x)
+    assert (z != 0).any().item() and mx.array_equal(loaded.encode(x), z)
+    assert mx.array_equal(loaded(x), original(x))
+    assert mx.array_equal(loaded.decoder_norms(), original.decoder_norms())
 
 
 @pytest.mark.parametrize(("name", "array"), OWN)
@@ -106,17 +119,25 @@ def test_an_array_of_the_activation_function_that_is_missing_or_misshapen_is_nam
         load_sae(file.parent)
 
 
-def test_codes_are_the_same_bit_for_bit_in_another_process(saved, tmp_path):
+def test_codes_of_every_kind_are_the_same_bit_for_bit_in_another_process(tmp_path):
     script = """
-import sys, mlxterp, numpy as np, mlx.core as mx
+import sys, pathlib, mlxterp, numpy as np, mlx.core as mx
 from mlxterp.sae import load_sae
-x = mx.array(np.random.default_rng(9).normal(size=(50, 6)).astype(np.float32))
-np.save(sys.argv[2], np.array(load_sae(sys.argv[1]).encode(x)))
+for path in pathlib.Path(sys.argv[1]).glob("*.mlx"):
+    coder = load_sae(path)
+    x = np.random.default_rng(9).normal(size=(50, coder.d_in)).astype(np.float32)
+    np.savez(path.with_suffix(".npz"), z=coder.encode(mx.array(x)), y=coder(mx.array(x)))
 """
-    target = tmp_path / "codes.npy"
+    coders = {kind: example(kind=kind) for kind in kinds.KINDS}
+    for kind, coder in coders.items():
+        coder.save(tmp_path / f"{kind}.mlx")
     root = Path(__file__).parents[2]
-    subprocess.run([sys.executable, "-c", script, saved, target], check=True, cwd=root)
-    np.testing.assert_array_equal(np.load(target), np.array(example().encode(inputs())))
+    subprocess.run([sys.executable, "-c", script, tmp_path], check=True, cwd=root)
+    for kind, coder in coders.items():
+        x = inputs(coder.d_in)
+        with np.load(tmp_path / f"{kind}.npz") as found:
+            np.testing.assert_array_equal(found["z"], np.array(coder.encode(x)))
+            np.testing.assert_array_equal(found["y"], np.array(coder(x)))
 
 
 def test_origin_and_statistics_come_back(saved):
@@ -190,8 +211,9 @@ def test_a_missing_key_is_named_with_its_file(saved, file, key):
         load_sae(saved)
 
 
-@pytest.mark.parametrize(("file", "key"), ARRAY_KEYS)
-def test_a_missing_or_misshapen_array_is_named_with_its_file(saved, file, key):
+@pytest.mark.parametrize(("file", "key", "kind"), ARRAYS)
+def test_a_missing_or_misshapen_array_is_named_with_its_file(file, key, kind, tmp_path):
+    saved = example(kind=kind).save(tmp_path / "sae.mlx")
     arrays = mx.load(str(saved / file))
     wrong = {**arrays, key: mx.zeros((7, 3))}
     mx.save_safetensors(str(saved / file), wrong)
@@ -237,6 +259,31 @@ def test_an_unknown_version_is_named_beside_the_known_one(saved, version):
     ],
 )
 def test_a_config_that_describes_no_coder_is_named(saved, change, message):
+    change_json(saved / "config.json", lambda content: content.update(change))
+    with pytest.raises(ValueError, match=message) as error:
+        load_sae(saved)
+    assert "config.json" in str(error.value)
+
+
+ONE, TWO = [{"site": "a", "width": 6}], [{"site": "a", "width": 6}, {"site": "b", "width": 6}]
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("sae", {"skip": True}, "skip is for transcoders, not for a SAE"),
+        ("crosscoder", {"skip": True}, "skip is for transcoders, not for a Crosscoder"),
+        ("transcoder", {"reads": TWO}, "reads one site and writes another"),
+        ("transcoder", {"reads": ONE, "writes": ONE}, "reads one site and writes another"),
+        ("crosscoder", {"reads": ONE, "writes": ONE}, "writes the several sites that it reads"),
+        ("crosscoder", {"writes": TWO}, "writes the several sites that it reads"),
+        ("cross-layer transcoder", {"reads": ONE}, "of each of two or more layers"),
+        ("cross-layer transcoder", {"reads": [*ONE, {"site": "b", "width": 5}]}, "have one width"),
+        ("cross-layer transcoder", {"skip": True}, "skip is for transcoders"),
+    ],
+)
+def test_a_config_that_describes_no_coder_of_its_kind_is_named(kind, change, message, tmp_path):
+    saved = example(kind=kind).save(tmp_path / "coder.mlx")
     change_json(saved / "config.json", lambda content: content.update(change))
     with pytest.raises(ValueError, match=message) as error:
         load_sae(saved)

@@ -12,6 +12,8 @@ from mlxterp.sae.dead_features import (
     resample,
     rows_to_revive,
 )
+from tests.sae.kinds import KINDS, settings
+from tests.sae.runs import config, in_memory, run_of
 
 N, D, BATCH = 40, 8, 32
 
@@ -173,6 +175,44 @@ def test_the_decoder_points_at_the_target_and_the_encoder_at_the_input():
     W_enc = np.array(params["W_enc"])[dead]
     W_enc /= np.linalg.norm(W_enc, axis=1, keepdims=True)
     np.testing.assert_allclose(W_enc, units[0][rows], atol=1e-5)
+
+
+def test_a_skip_connection_stays_as_it_is():
+    dead, x = dead_mask(), batch()
+    state = state_with(dead)
+    for part in ("params", "m", "v"):
+        state[part]["W_skip"] = mx.ones((D, D))
+    new = resampled(state, x)
+    assert all(
+        mx.array_equal(new[part]["W_skip"], mx.ones((D, D))) for part in ("params", "m", "v")
+    )
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "cross-layer" not in kind])
+def test_a_run_of_a_coder_of_one_block_resamples_its_dead_features(kind):
+    options = {"dead_neuron_threshold": 0.05, "resample_dead_every": 4, **settings(kind)}
+    training, _ = in_memory(kind=kind)
+    run = run_of(config(**options), training, kind=kind)
+    for n in range(4):
+        batch = next(training.batches(32, epoch=n))
+        run.advance(batch)
+    new = np.isinf(np.array(run.state["fired"]))
+    assert 0 < new.sum() < run.coder.n_features
+    # Rows that point at the tokens of the batch, of all sites that are written.
+    _, y = run.builder.split(batch)
+    y = np.array(y) / np.linalg.norm(np.array(y), axis=1, keepdims=True)
+    cosines = np.array(run.state["params"]["W_dec"]) @ y.T
+    np.testing.assert_allclose(cosines[new].max(axis=1), 1, atol=1e-5)
+    assert (cosines[~new].max(axis=1) < 1 - 1e-4).all()
+    if run.coder.has_skip:
+        assert mx.isfinite(run.state["params"]["W_skip"]).all().item()
+
+
+def test_resampling_features_that_write_different_sites_is_refused():
+    kind = "cross-layer transcoder"
+    options = config(**settings(kind)).replace(resample_dead_every=4)
+    with pytest.raises(ValueError, match="resample_dead_every must be 0 .* got 4"):
+        run_of(options, in_memory(kind=kind)[0], kind=kind)
 
 
 class Choice:

@@ -16,8 +16,9 @@ import pytest
 RUN = """
 import signal, sys
 import numpy as np
-from mlxterp.sae import SAEConfig, SAETrainer
+from mlxterp.sae import SAEConfig
 from mlxterp.sae.callbacks import Callback
+from tests.sae import kinds
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what shells start with "&"
 
@@ -25,28 +26,29 @@ class Steps(Callback):
     def on_step_end(self, step, *_):
         print(step, flush=True)
 
-rng = np.random.default_rng(0)
-activations = rng.normal(size=(2000, 16)).astype(np.float32)
+directory, result, kind = sys.argv[1:]
 config = SAEConfig(
     expansion_factor=4, k=4, batch_size=50, num_epochs=5, learning_rate=1e-2, warmup_steps=10,
     dead_neuron_threshold=0.05, dead_window=500, resample_dead_every=40, log_every=7,
     checkpoint_every=3,
-)
-trainer = SAETrainer(config, checkpoint_dir=sys.argv[1], callbacks=[Steps()])
-sae = trainer.fit(activations, resume=True)
+).replace(**kinds.settings(kind))
+coder = kinds.fit(kind, kinds.activations(2000), config, directory, [Steps()], resume=True)
 names = ("W_enc", "b_enc", "W_dec", "b_dec")
-np.savez(sys.argv[2], **{name: np.array(sae[name]) for name in names})
+np.savez(result, **{name: np.array(coder[name]) for name in names})
 """
 N_STEPS = 5 * 38
-N_KILLS = 10
+KILLS = {"sae": 5, "cross-layer transcoder": 4}
 CHECKPOINT_EVERY = 3
 
 
 @contextlib.contextmanager
-def running(directory: Path) -> Iterator[subprocess.Popen]:
+def running(directory: Path, kind: str = "sae") -> Iterator[subprocess.Popen]:
     """A process that trains, or goes on to train, and prints every step."""
-    command = [sys.executable, "-c", RUN, str(directory / "run"), str(directory / "result.npz")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    paths = str(directory / "run"), str(directory / "result.npz")
+    process = subprocess.Popen(
+        [sys.executable, "-c", RUN, *paths, kind], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
     with process:
         try:
             yield process
@@ -69,14 +71,15 @@ def result(process: subprocess.Popen, directory: Path) -> dict[str, bytes]:
         return {name: arrays[name].tobytes() for name in arrays}
 
 
-def test_a_run_killed_again_and_again_ends_in_the_same_bits(tmp_path):
+@pytest.mark.parametrize("kind", KILLS)
+def test_a_run_killed_again_and_again_ends_in_the_same_bits(kind, tmp_path):
     rng = random.Random(0)
     undisturbed = tmp_path / "undisturbed"
     undisturbed.mkdir()
     first, last = [], []
-    with running(undisturbed) as reference:
-        for _ in range(N_KILLS):
-            with running(tmp_path) as process:
+    with running(undisturbed, kind) as reference:
+        for _ in range(KILLS[kind]):
+            with running(tmp_path, kind) as process:
                 seen = steps(process, 1)
                 started = time.perf_counter()
                 seen += steps(process, rng.randint(3, 8))
@@ -91,7 +94,7 @@ def test_a_run_killed_again_and_again_ends_in_the_same_bits(tmp_path):
         # Every one went on from the last checkpoint before the kill.
         again = [step - next_one for step, next_one in zip(last, first[1:], strict=False)]
         assert first[0] == 1 and max(again) <= CHECKPOINT_EVERY
-        with running(tmp_path) as process:
+        with running(tmp_path, kind) as process:
             assert result(process, tmp_path) == result(reference, undisturbed)
     assert not list((tmp_path / "run").glob(".*.unfinished"))
 

@@ -8,9 +8,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxterp.sae import SAE, ActivationDataset, SAETrainer
+from mlxterp.sae import ActivationDataset, SAETrainer
+from mlxterp.sae.base import BaseSAE
 from mlxterp.sae.evals import fidelity
 from tests.fakes import SITE, FakeSource
+from tests.sae import kinds
 from tests.sae.runs import config, differences, tokens, without_times
 
 STREAMING = 64 * 4 * 8  # bytes, those of 64 rows
@@ -41,7 +43,7 @@ def from_texts(source, written, buffer_bytes=1 << 30) -> ActivationDataset:
     )
 
 
-def fit(data, directory: Path | None = None, **options) -> SAE:
+def fit(data, directory: Path | None = None, **options) -> BaseSAE:
     return SAETrainer(CONFIG.replace(**options), directory).fit(data)
 
 
@@ -53,7 +55,7 @@ def assert_warned(warned, n: int, total: int) -> None:
     assert messages[1].startswith(f"{100 * n / total:.1f} % of the activations are not finite")
 
 
-def assert_reported(sae: SAE, directory: Path, n: int) -> None:
+def assert_reported(sae: BaseSAE, directory: Path, n: int) -> None:
     assert sae.metadata.data["skipped_tokens"] == n
     assert sae.statistics.training[-1]["skipped_tokens"] == n
     lines = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
@@ -63,7 +65,7 @@ def assert_reported(sae: SAE, directory: Path, n: int) -> None:
     assert sae.statistics.training[-1]["skipped"] == 0
 
 
-def assert_same(found: SAE, expected: SAE) -> None:
+def assert_same(found: BaseSAE, expected: BaseSAE) -> None:
     assert not differences(found, expected)
     reports = [without_times(sae.statistics.training) for sae in (found, expected)]
     for report in (*reports[0], *reports[1]):
@@ -83,6 +85,24 @@ def test_rows_of_an_array_that_are_not_finite_are_as_if_they_were_not_there(valu
     assert_warned(warned, 10, 1000)
     assert_reported(found, tmp_path, 10)
     assert_same(found, fit(clean))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in kinds.KINDS if kind != "sae"])
+def test_rows_that_are_not_finite_at_one_of_several_sites_are_as_if_they_were_not_there(
+    kind, tmp_path
+):
+    clean = np.array(kinds.activations(256))
+    broken = np.insert(clean, [30, 100, 200], clean[:3], axis=0)
+    read, written = (kinds.SITES.slices[names[-1]].start for names in kinds.KINDS[kind][1:3])
+    # One row at a site that is read, one at a site that is written, one at both.
+    for row, column in ((30, read), (101, written), (202, read), (202, written)):
+        broken[row, column] = np.nan
+    settings = CONFIG.replace(num_epochs=2, **kinds.settings(kind))
+    with pytest.warns(UserWarning) as warned:
+        found = kinds.fit(kind, mx.array(broken), settings, tmp_path)
+    assert_warned(warned, 3, 259)
+    assert_reported(found, tmp_path, 3)
+    assert_same(found, kinds.fit(kind, mx.array(clean), settings))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -19,6 +19,7 @@ from mlxterp.sae.kernels import Pairs
 from mlxterp.sae.parallel import ByFeatures, ByPairs, ByTokens, Undivided, divide
 from mlxterp.sae.run import Run
 from mlxterp.sae.trainer import Trainer, _check_same_start, prepare
+from tests.sae import kinds
 from tests.sae.runs import coder_for, config, differences, run_of, tokens
 
 import mlx.core as mx  # isort: skip
@@ -35,7 +36,6 @@ CASES = {
     "abs_topk, l1 with norms": {
         "activation_function": "abs_topk", "lambda_sparse": 0.01, "decoder_unit_norm": False,
     },
-    "batch_topk": {"activation_function": "batch_topk"},
     "batch_topk, matryoshka": {"activation_function": "batch_topk", **NESTED},
     "jumprelu, quadratic, auxiliary loss": {
         "activation_function": "jumprelu", "target_l0": 5.0, **REVIVED,
@@ -45,7 +45,29 @@ CASES = {
         **REVIVED, "dead_neuron_threshold": 0.5,
     },
     "gated": {"activation_function": "gated"},
+    "transcoder, batch_topk, auxiliary loss": {
+        "kind": "transcoder", "activation_function": "batch_topk", **REVIVED,
+    },
+    "skip transcoder, topk, clipping": {"kind": "skip transcoder", "gradient_clip": 0.05},
+    "skip transcoder, relu": {"kind": "skip transcoder", "activation_function": "relu"},
+    "crosscoder, batch_topk, auxiliary loss": {
+        "kind": "crosscoder", "activation_function": "batch_topk",
+        "component_weights": (1.0, 3.0), **REVIVED,
+    },
+    "crosscoder, relu to an L0": {
+        "kind": "crosscoder", "activation_function": "relu", "target_l0": 5.0,
+    },
+    "cross-layer transcoder, batch_topk, auxiliary loss": {
+        "kind": "cross-layer transcoder", "activation_function": "batch_topk", **REVIVED,
+    },
+    "cross-layer transcoder, relu to an L0": {
+        "kind": "cross-layer transcoder", "activation_function": "relu", "target_l0": 5.0,
+    },
 }  # fmt: skip
+# The features of a cross-layer transcoder cannot be divided.
+DIVIDED = [
+    (mode, name) for mode in MODES for name in CASES if mode == "data" or "cross-layer" not in name
+]
 STEPS = (1, 3, 6)
 OVERFLOWS = 4  # the step with a batch beyond float32
 RESUMED = {
@@ -62,11 +84,17 @@ def settings(**options) -> SAEConfig:
 # What the processes do
 
 
+def data_for(kind: str) -> ActivationDataset:
+    return kinds.dataset(480) if kind else ActivationDataset.from_activations(tokens(480))
+
+
 def states(options: dict, parallel) -> list[dict[str, mx.array]]:
     """All that a run knows before its first step and after `STEPS`, one of which is skipped."""
-    own, dataset = settings(**options), ActivationDataset.from_activations(tokens(480))
+    kind = options.get("kind", "")
+    options = {name: value for name, value in options.items() if name != "kind"}
+    own, dataset = settings(**kinds.settings(kind), **options), data_for(kind)
     sample, plan = prepare(dataset, own)
-    coder = coder_for(dataset, own)
+    coder = coder_for(dataset, own, kind)
     division = divide(parallel, coder, plan.batch_size)
     run = Run(own, coder, dataset, None, plan, sample, division=division)
     found = [_named(division.gather(run.state))]
@@ -94,14 +122,15 @@ def distance(a: mx.array, b: mx.array) -> float:
     return float(mx.abs(a - b).max() / mx.maximum(mx.abs(a).max(), 1e-30))
 
 
-def compare(options: dict) -> dict[str, list[dict[str, float]]]:
+def compare(name: str) -> dict[str, list[dict[str, float]]]:
     """How far each mode is from one process after `STEPS`."""
-    alone, found = states(options, None)[1:], {}
-    for mode in MODES:
+    options, found = CASES[name], {}
+    alone = states(options, None)[1:]
+    for mode in [mode for mode, of in DIVIDED if of == name]:
         found[mode] = []
         for one, several in zip(alone, states(options, mode)[1:], strict=True):
             distances = {name: distance(one[name], several[name]) for name in one}
-            params = [several[f"params.{name}"] for name in ("W_dec", "b_dec")]
+            params = [array for name, array in several.items() if name.startswith("params")]
             on_all = [mx.distributed.all_gather(array[None]) for array in params]
             distances["between processes"] = max(distance(*array) for array in on_all)
             found[mode].append(distances)
@@ -151,12 +180,24 @@ def interrupt_and_resume(directory: Path, parallel: str) -> dict[str, object]:
     }
 
 
+def refusal() -> str:
+    """What is said to who wants to divide the features of a cross-layer transcoder."""
+    kind = "cross-layer transcoder"
+    own, dataset = settings(**kinds.settings(kind)), data_for(kind)
+    try:
+        Trainer(own, parallel="features").fit(coder_for(dataset, own, kind), dataset)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
 def work(directory: Path) -> None:
     """Everything that takes several processes; each writes what it found."""
     mx.set_default_device(mx.Device(mx.cpu))
     rank = mx.distributed.init().rank()
     found = {
-        "compared": {name: compare(options) for name, options in CASES.items()},
+        "compared": {name: compare(name) for name in CASES},
+        "refused": refusal(),
         "interrupted": {mode: interrupt_and_resume(directory / mode, mode) for mode in MODES},
     }
     (directory / f"found_{rank}.json").write_text(json.dumps(found))
@@ -222,8 +263,7 @@ def found(tmp_path_factory):
     return directory, [json.loads(file.read_text()) for file in files]
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "name"), DIVIDED)
 def test_two_processes_train_as_one(found, mode, name):
     for of_rank in found[1]:
         for distances in of_rank["compared"][name][mode]:
@@ -232,8 +272,15 @@ def test_two_processes_train_as_one(found, mode, name):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_all_processes_hold_the_same_coder_to_the_last_bit(found, mode):
-    for compared in found[1][0]["compared"].values():
-        assert [distances["between processes"] for distances in compared[mode]] == [0, 0, 0]
+    compared = found[1][0]["compared"]
+    for name in [name for by, name in DIVIDED if by == mode]:
+        distances = compared[name][mode]
+        assert [at_step["between processes"] for at_step in distances] == [0, 0, 0], name
+
+
+def test_the_features_of_a_cross_layer_transcoder_are_not_divided(found):
+    for of_rank in found[1]:
+        assert 'this one has 2. Use parallel="data"' in of_rank["refused"]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -243,6 +290,7 @@ def test_what_is_compared_is_eventful(name):
     assert state["skipped"].item() == 1 and state["t"].item() == STEPS[-1] - 1
     moved = {n: distance(start[n], a) for n, a in state.items() if n.startswith("params")}
     assert min(moved.values()) > 1e-5, moved
+    assert ("params.W_skip" in moved) == ("skip" in name)
     if "dead_window" in CASES[name]:
         threshold = CASES[name]["dead_neuron_threshold"]
         rates = (state["fired"] + state["fired_before"]) / (

@@ -9,9 +9,11 @@ from mlxterp.sae import ActivationDataset, Callback
 from mlxterp.sae.callbacks import StopTraining
 from mlxterp.sae.coder import SparseCoder
 from mlxterp.sae.dead_features import dead_features
+from mlxterp.sae.objective import Objective
 from mlxterp.sae.run import Run, TrainingError
 from mlxterp.sae.trainer import Trainer, TrainingResult, drive, prepare
 from tests.fakes import SITE, FakeSource
+from tests.sae import kinds
 from tests.sae.runs import (
     EVENTFUL,
     Interrupt,
@@ -107,21 +109,39 @@ def test_firing_rates_are_known_where_the_window_is_longer_than_the_run():
     assert 2 < result.firing_rates.sum() <= 3
 
 
-def test_the_auxiliary_loss_revives_dead_features():
-    def share_dead(coefficient: float) -> float:
-        settings = config(
-            expansion_factor=2, learning_rate=1e-2, auxiliary_coefficient=coefficient,
-            num_epochs=12, batch_size=64, dead_window=640, dead_neuron_threshold=0.01,
-        )  # fmt: skip
-        data = ActivationDataset.from_activations(tokens(1000))
-        run = run_of(settings, data)
-        # Half of as many features as the data has start where few tokens are.
-        params = run.state["params"]
-        params["b_enc"] = params["b_enc"] - (mx.arange(16) < 8)
-        drive([run], data, run.plan)
-        return float((run.firing_rates < 0.01).mean())
+def share_dead(coefficient: float, start, kind: str = "", factor: float = 2) -> float:
+    """At the end of a run with this auxiliary loss; `start` is what is taken off the biases."""
+    settings = config(
+        expansion_factor=factor, learning_rate=1e-2, auxiliary_coefficient=coefficient,
+        num_epochs=12, batch_size=64, dead_window=640, dead_neuron_threshold=0.01,
+        **kinds.settings(kind),
+    )  # fmt: skip
+    data = kinds.dataset(1000) if kind else ActivationDataset.from_activations(tokens(1000))
+    run = run_of(settings, data, kind=kind)
+    params = run.state["params"]
+    params["b_enc"] = params["b_enc"] - start(run)
+    drive([run], data, run.plan)
+    return float((run.firing_rates < 0.01).mean())
 
-    assert share_dead(0.5) < 0.1 < share_dead(0.0)
+
+def test_the_auxiliary_loss_revives_dead_features():
+    def half(run):
+        """Half of as many features as the data has start where few tokens are."""
+        return mx.arange(16) < 8
+
+    assert share_dead(0.5, half) < 0.1 < share_dead(0.0, half)
+
+
+@pytest.mark.parametrize("kind", ["crosscoder", "cross-layer transcoder"])
+def test_the_auxiliary_loss_revives_dead_features_of_several_sites(kind):
+    def half(run):
+        """Every other feature starts with a value on one of 100 tokens."""
+        x, _ = run.builder.split(next(run.dataset.batches(1000)))
+        codes = Objective(run.coder, run.config, 3).codes(run.state["params"], x)
+        pre = np.concatenate([np.array(code.pre) for code in codes], axis=1)
+        return mx.array(np.quantile(pre, 0.99, axis=0) * (np.arange(pre.shape[1]) % 2 == 0))
+
+    assert share_dead(0.5, half, kind, 3) < 0.5 * share_dead(0.0, half, kind, 3)
 
 
 def test_resampling_happens_on_its_steps_but_not_in_the_last_two_windows(monkeypatch):
@@ -172,8 +192,12 @@ def test_the_usual_interval_between_validations_is_a_tenth_of_the_run():
     assert [report["step"] for report in result.validation] == [*range(4, 45, 4), 45]
 
 
-def test_validation_measures_the_coder_as_it_would_be_without_disturbing_the_run():
-    often, seldom = (fit(in_memory(), config(validate_every=n)) for n in (1, 100))
+@pytest.mark.parametrize("kind", kinds.KINDS)
+def test_validation_measures_the_coder_as_it_would_be_without_disturbing_the_run(kind):
+    settings, data = config(**kinds.settings(kind)), in_memory(kind=kind)
+    often, seldom = (
+        fit(data, settings.replace(validate_every=n), kind=kind) for n in (1, 100)
+    )  # fmt: skip
     assert not differences(often[0], seldom[0])
     assert often[1].validation[-1] == seldom[1].validation[-1]
 
@@ -256,11 +280,11 @@ def poisoned(dataset: ActivationDataset, bad: set[int]) -> ActivationDataset:
     return dataset
 
 
-@pytest.mark.parametrize("name", ["topk", "batch_topk", "jumprelu", "relu", "gated"])
-def test_batches_that_are_not_finite_are_skipped_and_counted(name):
-    training, _ = in_memory()
-    settings = config(activation_function=name)
-    coder, result = fit((poisoned(training, {2, 5, 6}), None), settings)
+@pytest.mark.parametrize(("kind", "name"), kinds.PAIRS)
+def test_batches_that_are_not_finite_are_skipped_and_counted(kind, name):
+    training, _ = in_memory(kind=kind)
+    settings = config(activation_function=name, **kinds.settings(kind))
+    coder, result = fit((poisoned(training, {2, 5, 6}), None), settings, kind=kind)
     assert result.training[-1]["skipped"] == 3
     arrays = [array for _, array in tree_flatten(coder.parameters())]
     assert all(mx.isfinite(array).all().item() for array in arrays)
@@ -397,15 +421,17 @@ def test_a_disk_that_is_full_does_not_hide_why_the_run_ended(tmp_path, monkeypat
         fit(in_memory(), config(), tmp_path / "other")
 
 
-@pytest.mark.parametrize("data", [in_memory, streaming])
-def test_a_run_may_be_driven_step_by_step(data):
-    training, validation = data()
-    settings = config(**EVENTFUL)
-    run = run_of(settings, training, validation)
+@pytest.mark.parametrize(
+    ("data", "kind"), [(streaming, ""), *((in_memory, kind) for kind in kinds.KINDS)]
+)
+def test_a_run_may_be_driven_step_by_step(data, kind):
+    training, validation = data(kind=kind)
+    settings = config(**{**EVENTFUL, **kinds.settings(kind)})
+    run = run_of(settings, training, validation, kind)
     run.begin()
     for batch in batches_of(run):
         run.advance(batch)
     run.finish()
-    coder = coder_for(training, settings)
+    coder = coder_for(training, settings, kind)
     result = Trainer(settings).fit(coder, training, validation)
     assert_same((run.coder, TrainingResult.of(run)), (coder, result))

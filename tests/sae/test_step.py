@@ -12,6 +12,7 @@ from mlxterp.sae.dead_features import dead_features
 from mlxterp.sae.initialization import Normalisation, initial_params
 from mlxterp.sae.optimizer import unit_rows
 from mlxterp.sae.step import StepBuilder, initial_state, zero_sums
+from tests.sae import kinds
 from tests.sae.reference import Adam, Reference, trained_threshold
 from tests.sae.synthetic import planted
 
@@ -26,25 +27,28 @@ def form(request, monkeypatch):
     monkeypatch.setattr(kernels, "_uses_segments", lambda: request.param)
 
 
-def batches(n: int, seed: int = 0, scale: float = 1.0) -> list[mx.array]:
+def batches(n: int, seed: int = 0, scale: float = 1.0, width: int = D) -> list[mx.array]:
     rng = np.random.default_rng(seed)
-    mixing = 0.5 * rng.normal(size=(D, D))
+    mixing = 0.5 * rng.normal(size=(width, width))
     return [
-        mx.array((scale * rng.normal(size=(BATCH, D)) @ mixing).astype(np.float32))
+        mx.array((scale * rng.normal(size=(BATCH, width)) @ mixing).astype(np.float32))
         for _ in range(n)
     ]
 
 
-def random_params(config: SAEConfig) -> dict[str, mx.array]:
+def random_params(config: SAEConfig, coder: SparseCoder) -> dict[str, mx.array]:
     """Away from the special initial values, so that every term of every gradient shows."""
     rng = np.random.default_rng(2)
+    rows = len(coder.W_dec)
     arrays = {
-        "W_dec": rng.normal(size=(N, D)) * rng.uniform(0.3, 0.6, (N, 1)),
-        "b_dec": 0.3 * rng.normal(size=D),
+        "W_dec": rng.normal(size=coder.W_dec.shape) * rng.uniform(0.3, 0.6, (rows, 1)),
+        "b_dec": 0.3 * rng.normal(size=coder.d_out),
         "b_enc": 0.3 * rng.normal(size=N),
     }
     if not config.tied_weights:
-        arrays["W_enc"] = 0.5 * rng.normal(size=(N, D))
+        arrays["W_enc"] = 0.5 * rng.normal(size=coder.W_enc.shape)
+    if coder.has_skip:
+        arrays["W_skip"] = 0.3 * rng.normal(size=coder.W_skip.shape)
     if config.activation_function == "jumprelu":
         arrays |= trained_threshold(rng.uniform(0.2, 0.8, N))
     if config.activation_function == "gated":
@@ -54,15 +58,36 @@ def random_params(config: SAEConfig) -> dict[str, mx.array]:
 
 
 class Case:
-    """A config with its coder, its initial parameters and state, and its steps."""
+    """A config with its coder, its initial parameters and state, and its steps.
 
-    def __init__(self, normalisation=UNCHANGED, **options):
-        options = {"k": K, "bandwidth": 0.6, "gradient_clip": 0.0, **options}
-        self.config = SAEConfig(**options)
-        self.coder = SparseCoder(COLUMNS, COLUMNS, N, self.config.activation_function, K)
-        self.params = random_params(self.config)
+    The coder is of a kind, on activations of all sites of `kinds`, or one of a site of width `D`.
+    """
+
+    def __init__(self, normalisation=UNCHANGED, kind="", **options):
+        usual = {"k": K, "bandwidth": 0.6, "gradient_clip": 0.0, **kinds.settings(kind)}
+        self.config = SAEConfig(**{**usual, **options})
+        name, columns = self.config.activation_function, COLUMNS
+        self.coder = SparseCoder(COLUMNS, COLUMNS, N, name, K)
+        if kind:
+            columns, self.coder = kinds.SITES, kinds.make(kind, name, N, K)
+            normalisation = Normalisation(*(mx.full((columns.width,), x) for x in (0.0, 0.0, 1.0)))
+        self.columns = columns
+        self.params = random_params(self.config, self.coder)
         self.state = initial_state(self.params, self.coder, self.config)
-        self.builder = StepBuilder(self.coder, COLUMNS, normalisation, self.config, 1000)
+        self.builder = StepBuilder(self.coder, columns, normalisation, self.config, 1000)
+
+    def batches(self, n: int) -> list[mx.array]:
+        return batches(n, width=self.columns.width)
+
+    def reference(self, n_revived: int) -> Reference:
+        coder, d_out = self.coder, self.coder.d_out
+        return Reference(
+            self.config,
+            tuple(round(share * N) for share in self.config.matryoshka_prefixes),
+            d_out // 2 if n_revived else 0,
+            tuple(coder.writes.slices.values()),
+            tuple((b.features, b.reads, b.writes) for b in coder.blocks),
+        )
 
     def step(self, n_revived: int = 0, k: int = K, lean: bool = False):
         made = self.builder.make(k, n_revived, lean)
@@ -141,24 +166,36 @@ def near(found, expected, relative: float, err_msg: str) -> None:
     np.testing.assert_allclose(np.array(found), expected, rtol=0, atol=atol, err_msg=err_msg)
 
 
+# All terms, for every kind and, with one site and with several, every activation function.
+OF_KINDS = [(kind, name) for kind, name in kinds.PAIRS if kind != "sae"]
+
+
+@pytest.mark.parametrize("lean", [False, True], ids=["pure", "lean"])
+@pytest.mark.parametrize(("kind", "name"), OF_KINDS)
+def test_step_of_every_kind_equals_the_dense_reference(kind, name, lean, form):
+    options = {"activation_function": name, "lambda_sparse": 0.02, "gradient_clip": 0.1}
+    check_against_reference({"kind": kind, "n_revived": 16, **options}, lean=lean)
+
+
 def check_against_reference(options: dict, compiled: bool = False, lean: bool = False) -> None:
     options = {"auxiliary_coefficient": 0.5, **options}
     n_revived = options.pop("n_revived", 0)
     case = Case(**options)
     config, state, rate = case.config, with_dead(case.state, dead_mask()), 0.01
-    bounds = tuple(round(share * N) for share in config.matryoshka_prefixes)
-    reference = Reference(config, bounds, D // 2 if n_revived else 0)
+    coder, reference = case.coder, case.reference(n_revived)
     optimizer = Adam(case.params, config.gradient_clip, config.decoder_unit_norm)
     step = case.step(n_revived, lean=lean)
     step = mx.compile(step) if compiled else step
-    for i, batch in enumerate(batches(4)):
+    for i, batch in enumerate(case.batches(4)):
         # The reference sees the features that the real one counts as dead.
         dead = np.array(dead_features(state, config.dead_neuron_threshold))
         before = state
         state = step(state, batch)
         mx.eval(state)
-        loss, terms, gradients = reference.gradients(optimizer.params, batch, batch, dead)
-        norm = optimizer.step(gradients, rate)
+        x, y = (case.columns.take(batch, s.names) for s in (coder.reads, coder.writes))
+        params = kinds.dense(coder, optimizer.params)
+        loss, terms, gradients = reference.gradients(params, x, y, dead)
+        norm = optimizer.step(kinds.compact(coder, gradients), rate)
         assert norm > config.gradient_clip or config.gradient_clip == 1e3
         loss_sum = (state["sums"]["loss"] - before["sums"]["loss"]).item()
         assert loss_sum == pytest.approx(loss, rel=2e-5)
@@ -174,18 +211,22 @@ def check_against_reference(options: dict, compiled: bool = False, lean: bool = 
         assert np.abs(optimizer.m["b_enc"][dead_mask()]).max() > 0
 
 
-def test_the_auxiliary_loss_moves_dead_features_and_no_others(form):
-    case, dead = Case(), dead_mask(8)
+@pytest.mark.parametrize("kind", ["", *kinds.KINDS])
+def test_the_auxiliary_loss_moves_dead_features_and_no_others(kind, form):
+    case, dead = Case(kind=kind), dead_mask(8)
     state = with_dead(case.state, dead)
-    (batch,) = batches(1)
+    (batch,) = case.batches(1)
     plain, revived = (case.step(n)(state, batch, 0.0)["m"] for n in (0, 16))
-    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
-        added = np.abs(np.array(revived[name] - plain[name]))
-        if name == "b_dec":
+    both = [
+        kinds.dense(case.coder, {n: np.array(a) for n, a in m.items()}) for m in (plain, revived)
+    ]
+    for name, before in both[0].items():
+        added = np.abs(both[1][name] - before)
+        if name in ("b_dec", "W_skip"):
             assert not added.any()
             continue
         # Not exactly zero: a GPU adds what belongs to one feature in any order.
-        rounding = 1e-6 * np.abs(np.array(plain[name])).max()
+        rounding = 1e-6 * np.abs(before).max()
         assert added[~dead].max() < rounding < 1e-2 * added[dead].max(), name
         reached = added[dead].reshape(dead.sum(), -1).max(axis=1) > 1e-6
         assert reached.all(), name
@@ -209,27 +250,31 @@ def flat(state: dict, prefix: str = "") -> dict[str, mx.array]:
     return found
 
 
-@pytest.mark.parametrize("name", sorted(ACTIVATION_FUNCTIONS))
+@pytest.mark.parametrize(
+    ("kind", "name"), [*(("", name) for name in sorted(ACTIVATION_FUNCTIONS)), *OF_KINDS]
+)
 @pytest.mark.parametrize("value", [np.nan, np.inf, 3e30])
-def test_a_step_that_is_not_finite_changes_nothing_but_its_count(value, name):
-    case = Case(activation_function=name)
+def test_a_step_that_is_not_finite_changes_nothing_but_its_count(value, kind, name):
+    case = Case(kind=kind, activation_function=name)
     step = case.step(n_revived=16)
-    good, bad = batches(2)
+    good, bad = case.batches(2)
     state = step(with_dead(case.state, dead_mask()), good)
-    after = step(step(state, bad_entry(bad, value)), bad * value)
+    after = step(step(state, bad_entry(bad, value, 2)), bad_entry(bad, value, -6 if kind else 3))
+    after = step(after, bad * value)
     before = flat(state)
     for path, array in flat(after).items():
         if not path.startswith("skipped"):
             assert mx.array_equal(array, before[path]), path
-    assert after["skipped"].item() == 2 and after["skipped_in_a_row"].item() == 2
+    assert after["skipped"].item() == 3 and after["skipped_in_a_row"].item() == 3
     recovered = step(after, good)
-    assert recovered["skipped"].item() == 2 and recovered["skipped_in_a_row"].item() == 0
+    assert recovered["skipped"].item() == 3 and recovered["skipped_in_a_row"].item() == 0
     assert not mx.array_equal(recovered["params"]["W_dec"], state["params"]["W_dec"])
 
 
-def bad_entry(batch: mx.array, value: float) -> mx.array:
+def bad_entry(batch: mx.array, value: float, column: int) -> mx.array:
+    """With several sites, column 2 is of one that is read and column -6 of one that is written."""
     array = np.array(batch)
-    array[3, 2] = value
+    array[3, column] = value
     return mx.array(array)
 
 

@@ -11,6 +11,7 @@ from mlxterp.sae.callbacks import StopTraining
 from mlxterp.sae.coder import SparseCoder
 from mlxterp.sae.run import Run
 from mlxterp.sae.trainer import Trainer, train_together
+from tests.sae import kinds
 from tests.sae.runs import (
     EVENTFUL,
     Interrupt,
@@ -42,10 +43,21 @@ VARIANTS = {
     "nested and tied": {"matryoshka_prefixes": (0.25, 0.5), "tied_weights": True},
     "other start": {"bias_init": "geometric_median", "normalize_activations": False},
 }
+# The kind of coder, or none for one that reads and writes all there is, and the settings.
+RUNS = {name: ("", options) for name, options in VARIANTS.items()} | {
+    f"{kind}, {name}": (kind, {"activation_function": name, **kinds.settings(kind)})
+    for kind, name in kinds.PAIRS
+    if kind != "sae"
+}
+RUNS |= {
+    "least squares": ("skip transcoder", {"skip": True, "skip_init": "least_squares"}),
+    "weighted sites": ("crosscoder", {"component_weights": (1.0, 3.0), "decoder_unit_norm": False}),
+}
+STREAMED = [name for name, (kind, _) in RUNS.items() if not kind or "batch_topk" in name]
 
 
-def short() -> tuple[ActivationDataset, ActivationDataset]:
-    return in_memory(240)
+def short(kind: str = "") -> tuple[ActivationDataset, ActivationDataset]:
+    return in_memory(240, kind=kind)
 
 
 def test_training_lowers_the_held_out_error_and_folds_the_normalisation():
@@ -74,9 +86,12 @@ def test_more_features_than_dimensions_are_recovered():
     assert recovery(features, chance) < 0.6
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_the_same_seed_gives_the_same_coder_and_another_seed_another(variant):
-    a, b, c = (fit(short(), RESUMABLE.replace(**VARIANTS[variant], seed=n))[0] for n in (1, 1, 2))
+@pytest.mark.parametrize("name", RUNS)
+def test_the_same_seed_gives_the_same_coder_and_another_seed_another(name):
+    kind, options = RUNS[name]
+    a, b, c = (
+        fit(short(kind), RESUMABLE.replace(**options, seed=n), kind=kind)[0] for n in (1, 1, 2)
+    )
     assert not differences(a, b)
     assert {"W_enc", "b_enc", "W_dec", "b_dec"} <= set(differences(a, c))
 
@@ -84,31 +99,38 @@ def test_the_same_seed_gives_the_same_coder_and_another_seed_another(variant):
 # Resuming
 
 
-@pytest.mark.parametrize("data", [short, streaming])
-def test_a_run_interrupted_at_any_step_resumes_to_the_same_result(data, tmp_path):
-    expected = fit(data(), RESUMABLE, tmp_path / "whole")
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [(streaming, ""), *((short, kind) for kind in kinds.KINDS if kind != "transcoder")],
+)
+def test_a_run_interrupted_at_any_step_resumes_to_the_same_result(data, kind, tmp_path):
+    settings = RESUMABLE.replace(**kinds.settings(kind))
+    expected = fit(data(kind), settings, tmp_path / "whole", kind=kind)
     n_steps = expected[1].n_tokens // 16
     assert n_steps >= 13 and max(report["dead"] for report in expected[1].training) > 0
     for step in range(1, n_steps + 1):
         directory = tmp_path / str(step)
         with pytest.raises(KeyboardInterrupt):
-            fit(data(), RESUMABLE, directory, [Interrupt(step)])
+            fit(data(kind), settings, directory, [Interrupt(step)], kind=kind)
         assert max(directory.glob("step_*")).name == f"step_{step:08d}"
-        assert_same(fit(data(), RESUMABLE, directory, resume=True), expected)
+        assert_same(fit(data(kind), settings, directory, resume=True, kind=kind), expected)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("data", [short, streaming])
-def test_every_kind_of_run_resumes_to_the_same_result(data, variant, tmp_path):
-    settings = RESUMABLE.replace(**VARIANTS[variant])
-    expected = fit(data(), settings)
+@pytest.mark.parametrize(
+    ("data", "name"), [*((short, name) for name in RUNS), *((streaming, n) for n in STREAMED)]
+)
+def test_every_kind_of_run_resumes_to_the_same_result(data, name, tmp_path):
+    kind, options = RUNS[name]
+    settings = RESUMABLE.replace(**options)
+    expected = fit(data(kind), settings, kind=kind)
     for step in (6, 9):
         with pytest.raises(KeyboardInterrupt):
-            fit(data(), settings, tmp_path, [Interrupt(step)], resume=True)
-    assert_same(fit(data(), settings, tmp_path, resume=True), expected)
+            fit(data(kind), settings, tmp_path, [Interrupt(step)], resume=True, kind=kind)
+    assert_same(fit(data(kind), settings, tmp_path, resume=True, kind=kind), expected)
 
 
-def test_a_resampled_run_that_is_resumed_was_resampled(monkeypatch):
+@pytest.mark.parametrize("kind", ["", "transcoder", "crosscoder"])
+def test_a_resampled_run_that_is_resumed_was_resampled(kind, monkeypatch):
     # Otherwise the tests above would not notice a random state that is lost.
     from mlxterp.sae.dead_features import resample
 
@@ -120,7 +142,7 @@ def test_a_resampled_run_that_is_resumed_was_resampled(monkeypatch):
         return new
 
     monkeypatch.setattr("mlxterp.sae.run.resample", count)
-    fit(short(), RESUMABLE)
+    fit(short(kind), RESUMABLE, kind=kind)
     assert len(n_new) == 2 and all(n_new)
 
 
@@ -272,12 +294,13 @@ GRID = {
 GRID = {name: RESUMABLE.replace(**options) for name, options in GRID.items()}
 
 
-def together(data, configs: dict[str, SAEConfig], *arguments, only=None, **options):
-    """`{name: (coder, result)}`; `only` names the sites of coders that have but one."""
+def together(data, configs: dict[str, SAEConfig], *arguments, only=None, kind_of=None, **options):
+    """`{name: (coder, result)}`; `only` names the sites of coders that have but one, `kind_of` the
+    kinds of coders."""
     training, validation = data
     coders = {}
     for name, settings in configs.items():
-        coder = coder_for(training, settings)
+        coder = coder_for(training, settings, (kind_of or {}).get(name, ""))
         if only:
             columns = training.columns.only(only[name])
             n_features = settings.n_features(columns.width)
@@ -286,6 +309,14 @@ def together(data, configs: dict[str, SAEConfig], *arguments, only=None, **optio
     results = train_together(coders, training, validation, *arguments, **options)
     assert list(results) == list(configs)
     return {name: (coders[name][0], results[name]) for name in configs}
+
+
+@pytest.mark.parametrize("data", [short, streaming])
+def test_coders_of_all_kinds_trained_together_are_those_trained_alone(data):
+    configs = {kind: RESUMABLE.replace(**kinds.settings(kind)) for kind in kinds.KINDS}
+    found = together(data("all"), configs, kind_of={kind: kind for kind in configs})
+    for kind, settings in configs.items():
+        assert_same(found[kind], fit(data(kind), settings, kind=kind))
 
 
 @pytest.mark.parametrize("data", [short, streaming])
