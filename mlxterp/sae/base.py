@@ -102,7 +102,7 @@ class BaseSAE(SparseCoder):
     ):
         super().__init__(reads, writes, n_features, *args, **options)
         if self.has_skip and not self.may_skip:
-            raise ValueError(f"skip is for transcoders, not for a {type(self).__name__}.")
+            raise ValueError(f"skip is for transcoders only, got skip=True for {self.kind!r}.")
         self.metadata = Metadata()
         self.statistics = Statistics()
         self._source: ActivationSource | None = None
@@ -347,12 +347,16 @@ class BaseSAE(SparseCoder):
         return write_directory(path, contents, marker=MARKER)
 
     def __repr__(self) -> str:
-        sites = ", ".join(self.reads.names)
+        sites = _listed(self.reads.names)
         if self.writes != self.reads:
-            sites += f" -> {', '.join(self.writes.names)}"
+            sites += f" -> {_listed(self.writes.names)}"
         width = f"d_in={self.d_in}" + (f", d_out={self.d_out}" if self.d_out != self.d_in else "")
         k = "" if self.k is None else f", k={self.k}"
         return (
             f"{type(self).__name__}({sites}, {width}, n_features={self.n_features}, "
             f"{self.activation_name}{k}{', skip' if self.has_skip else ''})"
         )
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return ", ".join(names) if len(names) <= 3 else f"{names[0]}, ..., {names[-1]}"

@@ -271,8 +271,9 @@ class Cache:
         noted = {"n_tokens": 0, "n_not_finite": 0, "n_outliers": 0}
         try:
             for found in harvest(self.source, corpus, layout.columns, contexts, limits):
-                rows = {**layout.encode(found.activations), POSITIONS: found.positions}
-                later(writer.add, rows)
+                parts = layout.encode(found.computed, found.rows)
+                later(writer.add, {**parts, POSITIONS: found.positions})
+                del parts  # the writer's, and gone when it has written them
                 noted["n_tokens"] += len(found.positions)
                 noted["n_not_finite"] += found.n_not_finite
                 noted["n_outliers"] += found.n_outliers

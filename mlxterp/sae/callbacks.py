@@ -42,6 +42,8 @@ class RunInfo:
     """The settings, as plain values."""
     checkpoint_dir: Path | None = None
     name: str = ""
+    n_blocks: int = 1
+    """Parts of the coder that have `k` or `target_l0` active features each."""
 
 
 class Callback:
@@ -304,7 +306,9 @@ class Advice(Callback):
         config = self._run.config
         if config.get("activation_function", "topk") in FIXED_L0:
             return None
-        return config.get("target_l0") or (None if config.get("lambda_sparse") else config.get("k"))
+        steered = None if config.get("lambda_sparse") else config.get("k")
+        wanted = config.get("target_l0") or steered
+        return None if wanted is None else wanted * self._run.n_blocks
 
     def _now(self, setting: str) -> str:
         return f"{setting} (now {self._run.config.get(setting)})"

@@ -22,6 +22,11 @@ class Columns:
     names: tuple[str, ...]
     widths: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        twice = sorted({name for name in self.names if self.names.count(name) > 1})
+        if twice:
+            raise ValueError(f"Every site may be named once only; {twice} stand there again.")
+
     def __str__(self) -> str:
         sites = zip(self.names, self.widths, strict=True)
         return ", ".join(f"{name} (width {width})" for name, width in sites)
@@ -80,7 +85,7 @@ class Columns:
 def _check_sites(wanted: tuple[str, ...], found: list[str]) -> None:
     missing = [name for name in wanted if name not in found]
     if missing:
-        raise ValueError(f"Activations of {missing} are missing; got {found}.")
+        raise ValueError(f"The sites {missing} are missing; there are {found}.")
 
 
 @dataclass(frozen=True)

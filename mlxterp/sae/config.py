@@ -10,6 +10,7 @@ from typing import Any, Literal, Self, get_args
 import numpy as np
 
 from mlxterp.sae.activation_functions import ACTIVATION_FUNCTIONS
+from mlxterp.sites import canonical_component
 
 RECOMMENDED_TRAINING_TOKENS = 3_000_000
 RECOMMENDED_STEPS = 3_000
@@ -198,14 +199,14 @@ class SAEConfig:
             return None
         found: list[float] = []
         if isinstance(given, Mapping):
-            used = set()
+            known, used = {canonical_component(name): w for name, w in given.items()}, set()
             for site in sites:
                 model, _, rest = site.rpartition(":")
                 keys = [site, rest, rest.rpartition(".")[2], model]
-                matching = [key for key in keys if key in given]
+                matching = [key for key in keys if key in known]
                 used |= set(matching[:1])
-                found += [given[key] for key in matching[:1]]
-            fits = used == set(given)
+                found += [known[key] for key in matching[:1]]
+            fits = used == set(known)
         else:
             found, fits = list(given), True
         if not fits or len(found) != len(sites):

@@ -43,7 +43,8 @@ class Connected:
         return asdict(self)
 
     def __repr__(self) -> str:
-        lines = [f"feature {self.feature_id} {self.direction}"]
+        what = "tokens" if any(isinstance(name, str) for name, _ in self.top) else "features"
+        lines = [f"{what} that feature {self.feature_id} {self.direction}"]
         for sign, pairs in (("+", self.top), ("-", self.bottom)):
             lines.append(f"  {sign} " + "  ".join(f"{name!r} ({w:.2f})" for name, w in pairs[:8]))
         return "\n".join(lines)

@@ -108,6 +108,8 @@ class CrossLayerTrainer(CoderTrainer):
         `to_component`. The result remembers the model and the data. Raises `ValueError` as
         `SAETrainer.train` does, and where what is written does not depend on what is read.
         """
+        if len(layers) < 2:
+            raise ValueError(f"layers must be two or more, ascending, got {list(layers)}.")
         reads = [find_site(model, layer, from_component) for layer in layers]
         writes = [find_site(model, layer, to_component) for layer in layers]
         for source, target in zip(reads, writes, strict=True):

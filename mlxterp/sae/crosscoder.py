@@ -132,7 +132,7 @@ class CrosscoderTrainer(CoderTrainer):
         layers: Sequence[Any] = (),
         component: str | None = None,
         sites: Sequence[Any] = (),
-        models: Sequence[ActivationSource] | Mapping[str, ActivationSource] = (),
+        models: Sequence[ActivationSource] | Mapping[str, ActivationSource] | ModelPair = (),
         config: SAEConfig | None = None,
         validation_split: float | None = None,
         save_path: str | Path | None = None,
@@ -149,7 +149,7 @@ class CrosscoderTrainer(CoderTrainer):
         does, and for fewer than two sites.
         """
         if models:
-            source: Any = ModelPair(models)
+            source: Any = models if isinstance(models, ModelPair) else ModelPair(models)
             if layers or components:
                 raise ValueError(
                     "models=... are compared at one component of one layer, or at sites=[...]; "

@@ -86,8 +86,11 @@ class ModelDiff:
                 if kinds is self.verdicts or chosen.any():
                     medians = (_median(column[chosen]) for column in columns)
                     rows.append((name, f"{chosen.sum():,}", *medians))
-        title = f"{len(self.verdicts):,} features, {self.n_tokens:,} tokens; medians of"
-        header = ("", "features", f"norm at {self.sites[1]}", "strength", "nu error", "nu rec.")
+        title = (
+            f"{len(self.verdicts):,} features, {self.n_tokens:,} tokens; medians of the relative "
+            f"norm at\n{self.sites[1]} and of the weaker model's strength"
+        )
+        header = ("", "features", "norm", "strength", "nu error", "nu rec.")
         return Table(title, header, (*rows,))
 
     def __repr__(self) -> str:
@@ -105,7 +108,7 @@ class ModelDiff:
 
     def plot(self, ax: Any = None) -> Any:
         """A matplotlib histogram of the relative norms, coloured by verdict."""
-        label = f"relative decoder norm at {self.sites[1]} (the rest is at {self.sites[0]})"
+        label = f"relative decoder norm at {self.sites[1]}\n(the rest is at {self.sites[0]})"
         return plot_shares(self.relative_norms, self.verdicts, self.names[:-1], label, ax)
 
 

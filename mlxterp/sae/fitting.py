@@ -55,7 +55,7 @@ class CoderTrainer:
     def recommended(self, reads: Columns, n_tokens: int, **settings: Any) -> SAEConfig:
         """The recommended recipe for what is read and an amount of data; `settings` take the place
         of its own."""
-        width = reads.width // max(1, len(reads.names))
+        width = round(reads.width / max(1, len(reads.names)))
         return self.config_type.recommended(width, n_tokens, **settings)
 
     def fit_between(
@@ -123,11 +123,7 @@ class CoderTrainer:
 
 def columns_of(model: ActivationSource, sites: Sequence[Any]) -> Columns:
     """The columns of sites of a model; raises `ValueError` for one that is there twice."""
-    names = tuple(str(site) for site in sites)
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"Every site may be named once only; {twice} stand there again.")
-    return Columns(names, tuple(model.width(site) for site in sites))
+    return Columns(tuple(map(str, sites)), tuple(model.width(site) for site in sites))
 
 
 def as_dataset(dataset: ActivationDataset | Any) -> ActivationDataset:

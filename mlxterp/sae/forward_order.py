@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlxterp.sae.source import ActivationSource
+from mlxterp.sites import COMPONENTS
 
 TOKENS = (0, 1)
 SHOWN = 8
@@ -31,6 +32,21 @@ def depends(source: ActivationSource, start: Any, sites: Sequence[Any]) -> list[
     ]
 
 
+def precedes(source: ActivationSource, start: Any, target: Any) -> bool:
+    """Whether a forward pass computes `target` from `start`.
+
+    Two names of one activation depend on each other; then their order in a block counts.
+    """
+    if not depends(source, start, [target]):
+        return False
+    if not depends(source, target, [start]):
+        return True
+    places = [_component(site) for site in (start, target)]
+    return all(p in COMPONENTS for p in places) and (
+        COMPONENTS.index(places[0]) < COMPONENTS.index(places[1])
+    )
+
+
 def check_before(source: ActivationSource, start: Any, target: Any) -> None:
     """Raises `ValueError` unless `target` depends on `start`, and says what would be valid."""
     if str(start) == str(target):
@@ -38,13 +54,12 @@ def check_before(source: ActivationSource, start: Any, target: Any) -> None:
             f"The source and the target are both {start}: give another one, or train an SAE, which "
             "writes what it reads."
         )
-    if depends(source, start, [target]):
+    if precedes(source, start, target):
         return
-    sites = list(source.sites())
-    usual = [site for site in sites if getattr(site, "layer", None) is not None]
-    later = depends(source, start, usual)
+    usual = [site for site in source.sites() if _component(site) in COMPONENTS]
+    later = [site for site in depends(source, start, usual) if precedes(source, start, site)]
     alike = [site for site in usual if _component(site) == _component(start)]
-    earlier = [site for site in alike if depends(source, site, [target])]
+    earlier = [site for site in alike if precedes(source, site, target)]
     raise ValueError(
         f"{target} does not depend on {start}: the source must come before the target in the "
         f"forward pass. Targets of {start}: {_listed(later)}. Sources for {target}: "

@@ -35,7 +35,7 @@ class NormLimits:
         """A multiple of the median norm, over contexts from all of the corpus."""
         contexts = np.linspace(0, len(corpus) - 1, min(len(corpus), corpus.rows_per_forward))
         (forward,) = _forwards(source, corpus, columns, contexts.astype(int))
-        norms = np.array(norms_of(forward.activations, columns), np.float64)
+        norms = np.array(norms_of(forward.computed, columns), np.float64)[forward.rows]
         norms = norms[np.isfinite(norms).all(axis=1)]
         medians = np.median(norms, axis=0) if len(norms) else np.full(norms.shape[1], np.inf)
         return cls(tuple((multiple * medians).tolist()), drop)
@@ -48,13 +48,28 @@ def norms_of(activations: mx.array, columns: Columns) -> mx.array:
 
 
 class Harvest(NamedTuple):
-    """Activations `[n, width]`, and where they are from: `positions` `[n]` in the flattened tokens
-    of the corpus; how many were not finite and left out; how many were outliers."""
+    """What a forward pass computed `[n_computed, width]`; which `rows` of it are taken, `[n]`, and
+    where these are from: `positions` `[n]` in the flattened tokens of the corpus; how many were not
+    finite and left out; how many were outliers.
 
-    activations: mx.array
+    `n_computed` is the same for all passes over a corpus: MLX keeps the memory of arrays that are
+    gone for others of their size alone, so that with `n` of them for each pass it would pile up.
+    """
+
+    computed: mx.array
+    rows: np.ndarray
     positions: np.ndarray
     n_not_finite: int = 0
     n_outliers: int = 0
+
+    @property
+    def activations(self) -> mx.array:
+        """Those that are taken, `[n, width]`."""
+        if len(self.rows) == len(self.computed):
+            return self.computed
+        taken = self.computed[mx.array(self.rows)]
+        mx.async_eval(taken)  # until then it would keep all that was computed
+        return taken
 
 
 def harvest(
@@ -85,8 +100,9 @@ def _forwards(
     columns: Columns,
     contexts: Sequence[int] | np.ndarray,
 ) -> Iterator[Harvest]:
-    """All positions that count, being computed."""
+    """All positions that count, being computed; the last contexts are filled up with others."""
     contexts = np.asarray(contexts)
+    n_rows = min(corpus.rows_per_forward, len(corpus))
 
     def forward(tokens: mx.array) -> mx.array:
         captured = source.run(tokens, capture=columns.names, stop=True)
@@ -94,33 +110,31 @@ def _forwards(
 
     if mx.default_device() != mx.Device(mx.cpu):  # where MLX compiles for long and gains nothing
         forward = mx.compile(forward)
-    for start in range(0, len(contexts), corpus.rows_per_forward):
-        picked = contexts[start : start + corpus.rows_per_forward]
-        tokens = corpus.tokens[picked]
+    for start in range(0, len(contexts), n_rows):
+        picked = contexts[start : start + n_rows]
+        tokens = corpus.tokens[np.resize(picked, n_rows)]
         joined = forward(mx.array(tokens))
         if joined.shape[:-1] != tokens.shape:
             raise ValueError(
                 f"{', '.join(columns.names)} must be one vector per token, [batch, tokens, width]; "
                 f"it is {list(joined.shape)}."
             )
-        found = np.flatnonzero(corpus.documents(picked).reshape(-1) >= 0)
-        activations = joined.reshape(-1, columns.width)[mx.array(found)]
-        mx.async_eval(activations)
-        row, column = np.divmod(found, corpus.context)
-        yield Harvest(activations, picked[row] * corpus.context + column)
+        computed = joined.reshape(-1, columns.width)
+        mx.async_eval(computed)
+        rows = np.flatnonzero(corpus.documents(picked).reshape(-1) >= 0)
+        row, column = np.divmod(rows, corpus.context)
+        yield Harvest(computed, rows, picked[row] * corpus.context + column)
 
 
 def _sound(found: Harvest, columns: Columns, limits: NormLimits | None) -> Harvest:
     """Without what is not finite or, where they are to be dropped, outliers."""
-    activations = found.activations
-    finite = np.array(mx.isfinite(activations).all(axis=-1))
+    computed, rows = found.computed, found.rows
+    finite = np.array(mx.isfinite(computed).all(axis=-1))[rows]
     kept, n_outliers = finite, 0
     if limits is not None:
-        beyond = norms_of(activations, columns) > mx.array(limits.limits)
-        outlying = finite & np.array(beyond.any(axis=-1))
+        beyond = norms_of(computed, columns) > mx.array(limits.limits)
+        outlying = finite & np.array(beyond.any(axis=-1))[rows]
         n_outliers = int(outlying.sum())
         kept = finite & ~outlying if limits.drop else finite
-    positions = found.positions
-    if not kept.all():
-        activations, positions = activations[mx.array(np.flatnonzero(kept))], positions[kept]
-    return Harvest(activations, positions, int((~finite).sum()), n_outliers)
+    n_not_finite = int((~finite).sum())
+    return Harvest(computed, rows[kept], found.positions[kept], n_not_finite, n_outliers)

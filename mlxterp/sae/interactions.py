@@ -175,7 +175,7 @@ class ComponentInteractions:
 
     def plot(self, ax: Any = None) -> Any:
         """A matplotlib figure of the shares as a heat map."""
-        label = "share of the row's norm that the column matches"
+        label = "share of the row's norm"
         return plot_matrix(self.shared, self.sites, self.sites, label=label, ax=ax)
 
 

@@ -57,10 +57,20 @@ class ModelPair:
 
     def __init__(self, models: Sequence[ActivationSource] | Mapping[str, ActivationSource]) -> None:
         self.models = _named(models)
-        self.name = " + ".join(self.models)
+        self.name = " + ".join(f"{name}: {model.name}" for name, model in self.models.items())
         _check_distinct(self.models)
         _check_tokenizers(self.models)
         self._first = next(iter(self.models.values()))
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the other is a pair of the same models under the same names."""
+        if not isinstance(other, ModelPair) or list(self.models) != list(other.models):
+            return False
+        both = zip(self.models.values(), other.models.values(), strict=True)
+        return all(mine is theirs for mine, theirs in both)
+
+    def __hash__(self) -> int:
+        return hash(tuple((name, id(model)) for name, model in self.models.items()))
 
     @property
     def special_token_ids(self) -> frozenset[int]:

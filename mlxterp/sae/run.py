@@ -126,6 +126,7 @@ class Run:
             config.to_dict(),
             self.directory,
             self.name,
+            len(self.coder.blocks),
         )
         self._notify("on_train_begin", info)
 
@@ -293,6 +294,9 @@ class Run:
         """The state, with all features."""
         return self.division.gather(self.state)
 
+    def _sites(self) -> dict[str, list[str]]:
+        return {"reads": list(self.coder.reads.names), "writes": list(self.coder.writes.names)}
+
     def _arrays(self) -> dict[str, mx.array]:
         return {**dict(tree_flatten(self._whole_state())), "data_mean": self.normalisation.mean}
 
@@ -315,6 +319,7 @@ class Run:
             "training": self.training,
             "validation": self.validated,
             "config": self.config.to_dict(),
+            "sites": self._sites(),
         }
         self.saved = (self.step, self.ended)
         if not self.division.is_first:
@@ -330,6 +335,8 @@ class Run:
         changed = sorted(name for name in ours if theirs.get(name) != ours[name])
         if changed:
             raise ValueError(f"{saved} was written with another config; different: {changed}.")
+        if (wrote := run.get("sites")) not in (None, self._sites()):
+            raise ValueError(f"{saved} was written by a coder between other sites: {wrote}.")
         same_mean = mx.array_equal(arrays.pop("data_mean"), self.normalisation.mean).item()
         if not same_mean or run["n_steps"] != self.plan.n_steps:
             raise ValueError(f"{saved} was written in a run on other data.")

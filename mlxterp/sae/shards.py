@@ -153,8 +153,11 @@ class ShardWriter:
         joined = self._held[0]
         if len(self._held) > 1:
             joined = {n: np.concatenate([rows[n] for rows in self._held]) for n in self.parts}
-        self._held = [{name: array[n_rows:] for name, array in joined.items()}]
         self._n_held -= n_rows
+        left = {name: array[n_rows:] for name, array in joined.items()}
+        if self._n_held < self.chunk_rows:  # a view would keep the whole array until the next rows
+            left = {name: array.copy() for name, array in left.items()}
+        self._held = [left] if self._n_held else []
         checksum, number = 0, len(self._checksums)
         for name, part in self.parts.items():
             data = _bytes(np.ascontiguousarray(joined[name][:n_rows]))

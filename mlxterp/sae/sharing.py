@@ -137,11 +137,10 @@ class Sharing:
         """A matplotlib figure: for two sites the histogram of the second one's relative norms, for
         more the relative norms of all living features, those of like profile side by side."""
         if len(self.sites) == 2:
-            label = f"relative decoder norm at {self.sites[1]} (the rest is at {self.sites[0]})"
+            label = f"relative decoder norm at {self.sites[1]}\n(the rest is at {self.sites[0]})"
             return plot_shares(self.relative[:, 1], self.classes, self.names[:-1], label, ax)
         living = self.relative[self.classes != "dead"]
-        centre = living @ np.arange(len(self.sites))
-        order = np.lexsort((centre, living.argmax(axis=1)))
+        order = np.lexsort((-living.max(axis=1), living.argmax(axis=1)))
         label, rows = "relative decoder norm", f"{len(living):,} features"
         return plot_matrix(living[order], self.sites, label=label, row_label=rows, ax=ax)
 

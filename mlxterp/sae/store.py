@@ -64,19 +64,19 @@ class Layout:
         """How many tokens are read together."""
         return max(1, min(MOST_CHUNK_ROWS, CHUNK_BYTES // self.row_bytes))
 
-    def encode(self, activations: mx.array) -> Rows:
-        """The parts of activations `[n, width]`."""
+    def encode(self, activations: mx.array, taken: Any = slice(None)) -> Rows:
+        """The parts of activations `[n, width]`, or of those rows that are to be taken."""
         rows: Rows = {}
         for name, columns in self.columns.slices.items():
             x = activations[:, columns]
             if self.precision == "int8":
                 scale = mx.abs(x.astype(mx.float32)).max(axis=-1) / 127
-                q = mx.round(x / mx.where(scale == 0, 1, scale)[:, None])
-                rows |= {name: np.array(q.astype(mx.int8)), _scale(name): np.array(scale)}
+                q = mx.round(x / mx.where(scale == 0, 1, scale)[:, None]).astype(mx.int8)
+                rows |= {name: np.asarray(q)[taken], _scale(name): np.asarray(scale)[taken]}
             elif self.precision == "bfloat16":
-                rows[name] = np.array(x.astype(mx.bfloat16).view(mx.uint16))
+                rows[name] = np.asarray(x.astype(mx.bfloat16).view(mx.uint16))[taken]
             else:
-                rows[name] = np.array(x.astype(getattr(mx, self.precision)))
+                rows[name] = np.asarray(x.astype(getattr(mx, self.precision)))[taken]
                 if self.precision == "float16" and not np.isfinite(rows[name]).all():
                     raise ValueError(
                         f"precision='float16' holds values up to 65,504, and some activations of "

@@ -36,7 +36,7 @@ HELD_OUT = {
 }  # fmt: skip
 # Of Okabe and Ito, who chose them for all kinds of colour vision; grey comes last.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999")
-BINS = 40
+BINS = 41  # an odd number, so that one half lies within a bin
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,9 @@ def plot_matrix(
                 colour = "black" if value > (low + 2 * high) / 3 else "white"
                 ax.text(j, i, f"{value:.2g}", ha="center", va="center", color=colour, fontsize=8)
     figure: Any = ax.get_figure()
-    figure.colorbar(image, ax=ax, label=label)
+    bar = figure.colorbar(image, ax=ax)
+    bar.set_label(label, fontsize=9)
+    bar.ax.tick_params(labelsize=9)
     return figure
 
 

@@ -83,6 +83,17 @@ def test_tokens_are_those_of_a_live_harvest_in_order(tmp_path, precision, separa
     assert (rows == expected).all() == (precision == "float32")
 
 
+def test_memory_does_not_grow_though_other_numbers_of_positions_count(tmp_path):
+    sizes, columns = [], Columns((SITE,), (1024,))
+    source = Watched(
+        lambda: sizes.append(mx.get_active_memory() + mx.get_cache_memory()), width=1024
+    )
+    texts = ["a" * (1 + i // 8) for i in range(120)]  # from 2 to 30 positions in a forward
+    mx.clear_cache()
+    cache_of(tmp_path, source, texts, columns=columns, separate=True).open()
+    assert len(sizes) == 62 and max(sizes[31:]) <= max(sizes[:31]) + 4096
+
+
 def test_several_sites_are_kept_side_by_side(tmp_path):
     class TwoSites(FakeSource):
         def site(self, layer, component=None):
@@ -329,8 +340,8 @@ def test_a_corpus_that_is_on_the_disk_leaves_memory(tmp_path):
 class Watched(FakeSource):
     """Calls a function before each forward pass."""
 
-    def __init__(self, function):
-        super().__init__()
+    def __init__(self, function, **options):
+        super().__init__(**options)
         self.function = function
 
     def run(self, tokens, **options):
@@ -456,6 +467,15 @@ def test_outliers_are_counted_and_dropped_on_request(tmp_path, drop):
     table = np.linalg.norm(np.array(cache.source.table, np.float64), axis=1)
     (limit,) = opened.index["norm_limits"]["limits"]
     assert limit == pytest.approx(10 * np.quantile(table[ids("".join(texts))], 0.5), rel=0.05)
+
+
+def test_float16_need_not_hold_what_is_dropped(tmp_path):
+    cache = cache_of(tmp_path, Tall(1e6), ["ab~cd"], "float16", outlier_norm=10.0)
+    with pytest.raises(ValueError, match="65,504"):
+        cache.open()
+    cache.drop_outliers = True
+    del cache.identity
+    assert cache.open().n_tokens == 4
 
 
 def test_limits_are_those_of_the_first_harvest_when_it_is_taken_up_again(tmp_path):

@@ -271,8 +271,8 @@ ONE, TWO = [{"site": "a", "width": 6}], [{"site": "a", "width": 6}, {"site": "b"
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
-        ("sae", {"skip": True}, "skip is for transcoders, not for a SAE"),
-        ("crosscoder", {"skip": True}, "skip is for transcoders, not for a Crosscoder"),
+        ("sae", {"skip": True}, "skip is for transcoders only"),
+        ("crosscoder", {"skip": True}, "skip is for transcoders only"),
         ("transcoder", {"reads": TWO}, "reads one site and writes another"),
         ("transcoder", {"reads": ONE, "writes": ONE}, "reads one site and writes another"),
         ("crosscoder", {"reads": ONE, "writes": ONE}, "writes the several sites that it reads"),

@@ -74,7 +74,7 @@ def test_columns_of_sites_lie_side_by_side():
 
 def test_the_columns_of_one_site_stand_alone():
     assert AB.only("b") == Columns(("b",), (3,)) and AB.only("b").slices == {"b": slice(0, 3)}
-    with pytest.raises(ValueError, match=r"\['c'\] are missing; got \['a', 'b'\]"):
+    with pytest.raises(ValueError, match=r"\['c'\] are missing; there are \['a', 'b'\]"):
         AB.only("c")
 
 
@@ -87,9 +87,9 @@ def test_columns_are_joined_picked_and_looked_for():
 
 
 def test_a_missing_site_is_named():
-    with pytest.raises(ValueError, match=r"\['b'\] are missing; got \['a'\]"):
+    with pytest.raises(ValueError, match=r"\['b'\] are missing; there are \['a'\]"):
         AB.join({"a": mx.zeros((4, 2))})
-    with pytest.raises(ValueError, match=r"\['c'\] are missing; got \['a', 'b'\]"):
+    with pytest.raises(ValueError, match=r"\['c'\] are missing; there are \['a', 'b'\]"):
         AB.take(mx.zeros((4, 5)), ("c",))
 
 

@@ -231,7 +231,8 @@ def test_results_can_be_read_and_saved():
         "weight": found.connections[0].weight,
     }
     shown = reads(LATER, 17, EARLIER)
-    assert repr(shown).startswith("feature 17 reads\n  + ") and len(shown.to_dict()["top"]) == 10
+    assert repr(shown).startswith("features that feature 17 reads\n  + ")
+    assert len(shown.to_dict()["top"]) == 10
 
 
 def test_the_strongest_can_be_looked_at():

@@ -88,7 +88,6 @@ def test_k_is_that_of_each_layer(name):
         assert coder.activation_function.threshold.shape == (2,)
 
 
-@pytest.mark.filterwarnings("ignore:L0 is")
 def test_the_wanted_l0_of_penalised_functions_is_that_of_each_layer():
     rows = kinds.activations(300)
     coder = fit(rows, activation_function="jumprelu", target_l0=3.0, num_epochs=30)

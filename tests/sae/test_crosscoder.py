@@ -101,7 +101,9 @@ def test_a_crosscoder_writes_the_several_sites_that_it_reads():
     for reads, writes in ((two, other), (two.only("a"), two.only("a"))):
         with pytest.raises(ValueError, match="several sites that it reads"):
             Crosscoder(reads, writes, 8, k=2)
-    with pytest.raises(ValueError, match="skip is for transcoders, not for a Crosscoder"):
+    with pytest.raises(
+        ValueError, match="skip is for transcoders only, got skip=True for .crosscoder."
+    ):
         Crosscoder(two, two, 8, k=2, skip=True)
 
 
@@ -162,6 +164,8 @@ def test_sites_that_make_no_crosscoder_are_errors(model, texts, where, message):
 def test_component_weights_must_fit_the_sites(model, texts):
     by_component = TINY.replace(component_weights={"mlp": 1.0, "attn": 3.0})
     assert by_component.weights_of(("layers.2.attn", "layers.2.mlp")) == (3.0, 1.0)
+    by_alias = TINY.replace(component_weights={"residual": 2, "self_attn": 1})
+    assert by_alias.weights_of(("layers.2.attn", "layers.2.resid_post")) == (1, 2)
     assert by_component.weights_of(("base:layers.2.attn", "layers.1.mlp")) == (3.0, 1.0)
     with pytest.raises(ValueError, match="one weight for each of .'layers.1.mlp', 'layers.2.mlp'"):
         model.train_crosscoder(layers=[1, 2], dataset=texts[:2], config=by_component, verbose=False)
@@ -191,7 +195,10 @@ def test_model_diffing_finds_the_feature_that_fine_tuning_made(model, texts):
     settings = CrosscoderConfig.recommended(
         128, len(dataset), expansion_factor=2, k=16, num_epochs=3, batch_size=128
     )
-    crosscoder = CrosscoderTrainer(settings).fit(dataset)
+    crosscoder = CrosscoderTrainer.train(
+        models=list(pair.models.values()), layer=3, component="residual", dataset=dataset,
+        config=settings, verbose=False,
+    )  # fmt: skip
     specific = crosscoder.diff().features("tuned:layers.3.resid_post").tolist()
     assert specific == [int(np.nanargmax(crosscoder.relative_norms()[:, 1]))]
     assert len(crosscoder.diff().features("base:layers.3.resid_post")) == 0

@@ -245,7 +245,7 @@ def test_the_result_can_be_read():
     with pytest.raises(ValueError, match=r"'unclear', 'dead'\] or a site, got 'tuned'"):
         found.features("tuned")
     lines = [line.split() for line in repr(found).splitlines()]
-    assert lines[2][:4] == ["shared", "12", "0.50", "1.00"]
+    assert lines[3][:4] == ["shared", "12", "0.50", "1.00"]
     assert lines[-1][:5] == ["unclear:", "shrinkage", "explains", "it", "4"]
     assert found._repr_html_().count("<tr") == 8
     plain = json.loads(json.dumps(found.to_dict(), allow_nan=False))

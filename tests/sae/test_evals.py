@@ -163,7 +163,9 @@ def test_max_tokens_bounds_the_tokens_scored():
 
 
 def test_data_of_another_site_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"\['layers.0.mlp'\] are missing; got \['elsewhere'\]"):
+    with pytest.raises(
+        ValueError, match=r"\['layers.0.mlp'\] are missing; there are \['elsewhere'\]"
+    ):
         fidelity(random_coder(8), ActivationDataset.from_activations({"elsewhere": data()}))
 
 

@@ -91,7 +91,7 @@ def test_the_recommended_recipe_is_that_of_the_kind(kind):
     columns = kinds.SITES.those(reads)
     config = trainer.recommended(columns, 10_000)
     assert type(config) is trainer.config_type
-    assert config == type(config).recommended(columns.width // len(reads), 10_000)
+    assert config == type(config).recommended(round(columns.width / len(reads)), 10_000)
     assert config.expansion_factor == type(config).expansion_factor
     assert trainer.recommended(columns, 10_000, k=2, skip=True).replace(skip=False).k == 2
     coder = kinds.untrained(kind, config.replace(**kinds.settings(kind)))

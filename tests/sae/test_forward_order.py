@@ -92,3 +92,15 @@ def test_a_half_precision_model_is_ordered_too():
     site = half.site(0, "mlp_in")
     sites = [half.site(0, "mlp"), half.site(0, "attn"), half.site(2, "resid_post")]
     assert depends(half, site, sites) == [sites[0], sites[2]]
+
+
+def test_of_two_names_of_one_activation_the_later_comes_after(model):
+    mlp, output, mid, attn = (
+        model.site(2, name) for name in ("mlp", "mlp_out", "resid_mid", "attn")
+    )
+    check_before(model, mlp, output)
+    with pytest.raises(ValueError, match="layers.2.mlp does not depend on layers.2.mlp_out"):
+        check_before(model, output, mlp)
+    check_before(model, attn, mid)
+    with pytest.raises(ValueError, match="layers.2.attn does not depend on layers.2.resid_mid"):
+        check_before(model, mid, attn)

@@ -61,6 +61,18 @@ def test_forward_passes_hold_about_4096_tokens():
     assert source.passes == 3 and sum(len(part.positions) for part in found) == 9000
 
 
+def test_all_forwards_of_a_corpus_are_of_one_size():
+    """The last contexts are few, and of those before them not all positions count."""
+    source = FakeSource()
+    corpus = Corpus.from_documents(source, ["a" * (1 + i % 40) for i in range(600)], 16)
+    few = len(corpus) % 256
+    assert few and len(corpus) > 512
+    for contexts in (np.arange(len(corpus)), np.arange(few)):
+        found = harvested(source, corpus, contexts)
+        assert {len(part.computed) for part in found} == {4096}
+        assert sum(len(part.rows) for part in found) == (corpus.documents(contexts) >= 0).sum()
+
+
 def test_no_more_than_one_forward_is_ahead_of_what_is_looked_at():
     source = FakeSource()
     corpus = Corpus.from_documents(source, ["a" * 15] * 256 * 6, 16)

@@ -55,7 +55,8 @@ def test_two_models_are_base_and_tuned_and_more_are_numbered():
     assert list(ModelPair(models[:2]).models) == ["base", "tuned"]
     assert list(ModelPair(models).models) == ["model_0", "model_1", "model_2"]
     named = ModelPair({"small": models[0], "chat": models[1]})
-    assert list(named.models) == ["small", "chat"] and named.name == "small + chat"
+    assert list(named.models) == ["small", "chat"]
+    assert named.name == "small: fake + chat: fake, tuned"
     assert repr(named) == "ModelPair(small: fake, chat: fake, tuned)"
 
 
@@ -325,7 +326,7 @@ def test_a_dataset_on_a_disk_is_harvested_once_and_opened_with_the_pair(tmp_path
     np.testing.assert_array_equal(rows[:, 6:], 10 * rows[:, :6])
     opened = ActivationDataset.open(tmp_path, model=again)
     assert opened.columns == kept.columns and opened.source is again
-    with pytest.raises(ValueError, match=r"of base \+ tuned, not of the model given"):
+    with pytest.raises(ValueError, match=r"of base: fake \+ tuned: .* not of the model given"):
         ActivationDataset.open(tmp_path, model=ModelPair([Tuned(), FakeSource()]))
     ActivationDataset.from_texts(ModelPair([Tuned(), FakeSource()]), TEXTS, sites, **options)
     assert len(list(tmp_path.iterdir())) == 2

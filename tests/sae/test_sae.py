@@ -24,8 +24,8 @@ def test_the_public_names_are_these():
         "SAE", "ActivationDataset", "Callback", "CrossLayerConfig", "CrossLayerTrainer",
         "CrossLayerTranscoder", "Crosscoder", "CrosscoderConfig", "CrosscoderTrainer",
         "EarlyStopping", "JSONLLogger", "ModelPair", "ProgressBar", "SAEConfig", "SAETrainer",
-        "StopTraining", "TensorBoardLogger", "TrackioLogger", "TrainingError", "Transcoder", "TranscoderConfig",
-        "TranscoderTrainer", "WandbLogger", "load_sae", "splice",
+        "StopTraining", "TensorBoardLogger", "TrackioLogger", "TrainingError",
+        "Transcoder", "TranscoderConfig", "TranscoderTrainer", "WandbLogger", "load_sae", "splice",
     }  # fmt: skip
     assert set(mlxterp.sae.__all__) == names
     assert all(hasattr(mlxterp.sae, name) for name in names)
@@ -304,7 +304,7 @@ def test_many_coders_of_a_dataset_of_several_sites_need_theirs_named():
     data = _dataset({"a": array(), "b": array()})
     with pytest.raises(ValueError, match="one site that it reads"):
         SAETrainer().fit_many(data, {"one": CONFIG})
-    with pytest.raises(ValueError, match=r"\['c'\] are missing; got \['a', 'b'\]"):
+    with pytest.raises(ValueError, match=r"\['c'\] are missing; there are \['a', 'b'\]"):
         SAETrainer().fit_many(data, {"one": CONFIG}, sites={"one": "c"})
 
 

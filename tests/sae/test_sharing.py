@@ -201,6 +201,6 @@ def test_batches_hold_the_sites_by_name_and_no_more_tokens_than_asked_for():
         assert array[0].tolist() == [1.0] * 4 + [2.0] * 4
     with pytest.raises(ValueError, match="max_tokens must be None or >= 1, got 0"):
         next(site_batches(coder, dataset, 0, ""))
-    with pytest.raises(ValueError, match=r"missing; got \['elsewhere'\]"):
+    with pytest.raises(ValueError, match=r"missing; there are \['elsewhere'\]"):
         other = ActivationDataset.from_activations({"elsewhere": arrays["a"]})
         next(site_batches(coder, other, None, ""))

@@ -122,7 +122,7 @@ def test_steering_one_site_adds_its_part_of_the_row():
     found = steer(coder(), mx.ones((4, 3)), 3, 2.0, site="b")
     np.testing.assert_allclose(np.array(found)[1], 1 + 2 * row[2:], rtol=1e-6)
     assert list(steering_edit(coder(), 3, site="b")) == ["b"]
-    with pytest.raises(ValueError, match=r"\['c'\] are missing; got \['a', 'b'\]"):
+    with pytest.raises(ValueError, match=r"\['c'\] are missing; there are \['a', 'b'\]"):
         steering_edit(coder(), 3, site="c")
     with pytest.raises(ValueError, match=r"shape \[\.\.\., 2\], got \(5,\)"):
         steer(coder(), mx.ones((5,)), 3, site="a")

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxterp.sae import ActivationDataset, Callback, SAEConfig
+from mlxterp.sae import ActivationDataset, Callback, SAEConfig, TranscoderTrainer
 from mlxterp.sae.callbacks import StopTraining
 from mlxterp.sae.coder import SparseCoder
 from mlxterp.sae.run import Run
@@ -253,6 +253,14 @@ def test_a_checkpoint_of_another_activation_function_is_refused(name, tmp_path):
     other = RESUMABLE.replace(activation_function=name)
     with pytest.raises(ValueError, match=r"step_00000013"):
         fit(short(), other, tmp_path, resume=True)
+
+
+def test_a_run_between_other_sites_is_not_taken_up(tmp_path):
+    rows = kinds.of_sites(kinds.activations(200))
+    data, settings = {"a": rows["in.0"], "b": rows["in.1"]}, config(num_epochs=1)
+    TranscoderTrainer(settings, tmp_path).fit(data)
+    with pytest.raises(ValueError, match=r"between other sites: .*'reads': \['a'\]"):
+        TranscoderTrainer(settings, tmp_path).fit(data, resume=True, reads="b", writes="a")
 
 
 def test_a_checkpoint_of_other_data_is_refused(tmp_path):

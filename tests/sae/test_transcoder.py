@@ -136,8 +136,8 @@ def test_a_skip_connection_is_trained_too():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"reads": "x", "writes": "z"}, r"\['z'\] are missing; got \['x', 'y'\]"),
-        ({"reads": "z"}, r"\['z'\] are missing; got \['x', 'y'\]"),
+        ({"reads": "x", "writes": "z"}, r"\['z'\] are missing; there are \['x', 'y'\]"),
+        ({"reads": "z"}, r"\['z'\] are missing; there are \['x', 'y'\]"),
         ({"reads": "y", "writes": "y"}, "reads one site and writes another, got y"),
         ({"reads": "y"}, "reads one site and writes another, got y"),
     ],
@@ -239,7 +239,7 @@ def test_a_dataset_that_lacks_the_target_is_refused(model):
 @pytest.mark.parametrize("kind", ["sae", "crosscoder", "cross-layer transcoder"])
 def test_other_kinds_cannot_skip(kind):
     settings = config(**{**kinds.settings(kind), "skip": True})
-    with pytest.raises(ValueError, match="skip is for transcoders, not for a"):
+    with pytest.raises(ValueError, match="skip is for transcoders only"):
         kinds.fit(kind, kinds.activations(), settings)
 
 
