@@ -12,8 +12,9 @@ EXTRA := $(if $(filter Darwin,$(shell uname -s)),dev,dev$(comma)cpu)
 demo: $(READY) openblas
 	$(BIN)/python examples/quickstart.py
 
+# Processes side by side, so that each needs but one thread of OpenBLAS.
 test: $(READY) openblas
-	$(BIN)/python -m pytest
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .
