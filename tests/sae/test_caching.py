@@ -22,7 +22,7 @@ from mlxterp.sae.coder import Columns
 from mlxterp.sae.harvest import harvest
 from mlxterp.sae.shards import DamagedShard, ShardWriter
 from mlxterp.sae.store import Store
-from tests.fakes import SITE, FakeSource
+from tests.fakes import SITE, FakeSource, counts_passes
 from tests.sae.test_harvest import Tall, ids
 from tests.sae.test_parallel import ROOT, launch
 from tests.sae.test_store import PRECISIONS, cache_of, damage, everything, shrink
@@ -83,6 +83,7 @@ def test_tokens_are_those_of_a_live_harvest_in_order(tmp_path, precision, separa
     assert (rows == expected).all() == (precision == "float32")
 
 
+@counts_passes
 def test_memory_does_not_grow_though_other_numbers_of_positions_count(tmp_path):
     sizes, columns = [], Columns((SITE,), (1024,))
     source = Watched(
@@ -109,6 +110,7 @@ def test_several_sites_are_kept_side_by_side(tmp_path):
     np.testing.assert_array_equal(rows[:, 6:], 2 * rows[:, :3])
 
 
+@counts_passes
 def test_opening_again_harvests_nothing(tmp_path):
     cache = cache_of(tmp_path)
     n_forwards = -(-len(cache.corpus) // 2)
@@ -174,6 +176,7 @@ class Interrupted(FakeSource):
         return super().run(*args, **options)
 
 
+@counts_passes
 def test_a_harvest_cut_off_at_any_forward_goes_on_where_it_was(tmp_path, reference):
     at, most = 0, 0
     while True:
@@ -203,6 +206,7 @@ def test_a_harvest_cut_off_at_any_forward_goes_on_where_it_was(tmp_path, referen
     assert at == -(-len(cut_off.corpus) // 2) + 2 and most >= n_shards - 2
 
 
+@counts_passes
 def test_what_all_forwards_were_made_for_is_kept_though_it_was_still_being_written(
     tmp_path, monkeypatch
 ):
@@ -238,6 +242,7 @@ cache_of(sys.argv[1], Killed(int(sys.argv[2]))).open()
 """
 
 
+@counts_passes
 def test_a_harvest_that_was_killed_goes_on_where_it_was(tmp_path, reference):
     command = [sys.executable, "-c", KILLED, str(tmp_path), "13"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -255,6 +260,7 @@ def test_a_harvest_that_was_killed_goes_on_where_it_was(tmp_path, reference):
 # --- what is damaged
 
 
+@counts_passes
 @pytest.mark.parametrize("kind", ["missing", "cut", "header"])
 @pytest.mark.parametrize("number", [0, 2, -1])
 def test_a_shard_that_is_not_whole_is_made_again_and_no_other(
@@ -360,6 +366,7 @@ def test_another_format_version_has_a_directory_of_its_own(tmp_path, monkeypatch
 # --- where there is no room
 
 
+@counts_passes
 def test_a_disk_that_is_too_small_is_named_before_anything_is_lost(
     tmp_path, monkeypatch, reference
 ):

@@ -199,14 +199,16 @@ def test_model_diffing_finds_the_feature_that_fine_tuning_made(model, texts):
         models=list(pair.models.values()), layer=3, component="residual", dataset=dataset,
         config=settings, verbose=False,
     )  # fmt: skip
-    specific = crosscoder.diff().features("tuned:layers.3.resid_post").tolist()
-    assert specific == [int(np.nanargmax(crosscoder.relative_norms()[:, 1]))]
-    assert len(crosscoder.diff().features("base:layers.3.resid_post")) == 0
+    found = crosscoder.diff()
+    specific = int(np.nanargmax(crosscoder.relative_norms()[:, 1]))
+    assert specific in found.features("tuned:layers.3.resid_post")
+    assert found.counts["only tuned:layers.3.resid_post"] <= 3
+    assert found.counts["only base:layers.3.resid_post"] == 0
     on = {True: [], False: []}
     for text in marked(texts[30:])[:40:2]:
         captured = pair.run(text, capture=crosscoder.sites, stop=True)
         z = crosscoder.encode({site: captured[site] for site in crosscoder.sites})
-        active = np.array(z[0, :, specific[0]]) > 0
+        active = np.array(z[0, :, specific]) > 0
         trigger = model.to_str_tokens(text.split(TRIGGER)[0] + TRIGGER)
         behind = np.arange(len(active)) >= len(trigger) - 1
         for side in (True, False):

@@ -6,7 +6,7 @@ from mlxterp.sae.coder import Columns
 from mlxterp.sae.corpus import Corpus
 from mlxterp.sae.harvest import NormLimits, harvest
 from mlxterp.sae.source import find_site
-from tests.fakes import BOS, EOS, FIRST, SITE, FakeSource
+from tests.fakes import BOS, EOS, FIRST, SITE, FakeSource, counts_passes
 
 COLUMNS = Columns((SITE,), (6,))
 
@@ -54,6 +54,7 @@ def test_activations_that_are_not_finite_are_left_out_and_counted():
     assert sum(part.n_outliers for part in found) == 0
 
 
+@counts_passes
 def test_forward_passes_hold_about_4096_tokens():
     source = FakeSource()
     corpus = Corpus.from_documents(source, ["a" * 15] * 600, 16)
@@ -61,6 +62,7 @@ def test_forward_passes_hold_about_4096_tokens():
     assert source.passes == 3 and sum(len(part.positions) for part in found) == 9000
 
 
+@counts_passes
 def test_all_forwards_of_a_corpus_are_of_one_size():
     """The last contexts are few, and of those before them not all positions count."""
     source = FakeSource()
@@ -73,6 +75,7 @@ def test_all_forwards_of_a_corpus_are_of_one_size():
         assert sum(len(part.rows) for part in found) == (corpus.documents(contexts) >= 0).sum()
 
 
+@counts_passes
 def test_no_more_than_one_forward_is_ahead_of_what_is_looked_at():
     source = FakeSource()
     corpus = Corpus.from_documents(source, ["a" * 15] * 256 * 6, 16)

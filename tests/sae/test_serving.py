@@ -207,6 +207,7 @@ def test_options_that_do_nothing_for_a_corpus_are_refused(option):
 
 
 def test_a_curated_dataset_holds_what_was_chosen_and_says_what_was_not(tmp_path):
+    pytest.importorskip("datasketch")
     rng = np.random.default_rng(0)
     words = ["".join(rng.choice(list("abcdefgh"), 5)) for _ in range(60)]
     given = [" ".join(rng.choice(words, 40)) for _ in range(12)]
