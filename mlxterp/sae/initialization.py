@@ -139,23 +139,7 @@ def initial_params(
     if coder.has_skip:
         skip["W_skip"] = _initial_skip(columns, coder, config, normalisation.apply(sample))
         b_out = b_out - skip["W_skip"] @ b_in
-    key_dec, key_enc = mx.random.split(mx.random.key(config.seed))
-    if coder.reads == coder.writes:
-        key_dec = mx.random.key(config.seed)
-    decoders = [
-        unit_rows(mx.random.normal(W.shape, key=key))
-        for W, key in zip(coder.decoder_blocks(), _keys(key_dec, coder), strict=True)
-    ]
-    W_dec = coder.joined_decoder(decoders)
-    own_encoder = coder.reads == coder.writes or config.tied_weights
-    if own_encoder and coder.d_in != coder.d_out:
-        raise ValueError(
-            f"tied_weights needs equal widths; the coder reads {coder.d_in} and writes "
-            f"{coder.d_out} columns."
-        )
-    W_enc = mx.array(W_dec)
-    if not own_encoder:
-        W_enc = unit_rows(mx.random.normal(coder.W_enc.shape, key=key_enc))
+    W_enc, W_dec = _random_maps(coder, config)
     blocks = list(zip(coder.blocks, coder.of_blocks(W_enc), strict=True))
     b_enc = _joined([-(W @ b_in[block.reads]) for block, W in blocks])
     params = {"W_dec": W_dec, "b_dec": mx.array(b_out), "b_enc": b_enc, **skip}
@@ -164,7 +148,7 @@ def initial_params(
     scale = mx.array(1.0)
     own = coder.activation_function.trained(threshold)
     objective = Objective(coder, config, config.k)
-    if not own_encoder:
+    if not _transposes(coder, config):
         params["W_dec"] = _regressed(objective, {**params, "W_enc": W_enc, **own}, x, y)
     if config.scale_init and not config.tied_weights:
         y_hat = objective.reconstruct({**params, "W_enc": W_enc, **own}, x)
@@ -178,9 +162,29 @@ def initial_params(
     return params | coder.activation_function.trained(threshold * scale)
 
 
-def _keys(key: mx.array, coder: SparseCoder) -> list[mx.array]:
-    n = len(coder.blocks)
-    return [key] if n == 1 else list(mx.random.split(key, n))
+def _transposes(coder: SparseCoder, config: SAEConfig) -> bool:
+    """Whether the encoder starts as the transpose of the decoder."""
+    if config.tied_weights and coder.d_in != coder.d_out:
+        raise ValueError(
+            f"tied_weights needs equal widths; the coder reads {coder.d_in} and writes "
+            f"{coder.d_out} columns."
+        )
+    return config.tied_weights or (coder.reads == coder.writes and len(coder.blocks) == 1)
+
+
+def _random_maps(coder: SparseCoder, config: SAEConfig) -> tuple[mx.array, mx.array]:
+    """`W_enc` and `W_dec`, with rows of unit norm; in a coder of several blocks those of each."""
+    key = mx.random.key(config.seed)
+    if _transposes(coder, config):
+        W_dec = unit_rows(mx.random.normal(coder.W_dec.shape, key=key))
+        return mx.array(W_dec), W_dec
+    keys = mx.random.split(key, len(coder.blocks) + 1)
+    decoders = [
+        unit_rows(mx.random.normal(W.shape, key=k))
+        for W, k in zip(coder.decoder_blocks(), keys[1:], strict=True)
+    ]
+    W_enc = unit_rows(mx.random.normal(coder.W_enc.shape, key=keys[0]))
+    return W_enc, coder.joined_decoder(decoders)
 
 
 def _joined(arrays: list[mx.array]) -> mx.array:

@@ -132,8 +132,7 @@ class Objective:
         if self.n_revived:
             revival = self._revival(blocks, residual, x, dead)
             loss = loss + self.config.auxiliary_coefficient * revival
-        firings = [division.sum_over_tokens(code.firings()) for code in codes]
-        firings = _joined(firings)
+        firings = _joined([division.sum_over_tokens(code.firings()) for code in codes])
         return division.mean_over_tokens(loss), {
             "error": division.mean_over_tokens(residual.square().sum(axis=0).sum() / residual.size),
             # A flat sum of float32 ones ends at 2^24 on the CPU.

@@ -247,3 +247,12 @@ def test_it_comes_back_from_the_disk_with_its_model(trained, model, tmp_path):
     assert isinstance(loaded, CrossLayerTranscoder) and not differences(loaded, trained)
     assert isinstance(load_sae(path), CrossLayerTranscoder)
     assert loaded.find_top_features("def f(x):") == trained.find_top_features("def f(x):")
+
+
+def test_one_that_writes_what_it_reads_trains_too():
+    """Each layer of a stream writes itself and the later ones."""
+    names = ("in.0", "in.1")
+    rows = kinds.of_sites(kinds.activations(300))
+    coder = CrossLayerTrainer(SMALL.replace(expansion_factor=4)).fit(rows, names, names)
+    assert coder.reads == coder.writes and coder.W_dec.shape == (3 * coder.n_features // 2, 6)
+    assert coder.statistics.validation[-1]["fvu"] < 0.9
