@@ -17,6 +17,7 @@ from mlxterp.sae.source import ActivationSource
 from mlxterp.sae.steering import Edit, splice
 
 BATCH_TOKENS = 4096
+BATCH_ENTRIES = 1 << 28  # of a dense code
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def fidelity(
     total, squares, error = np.zeros((3, coder.d_out))
     firing = np.zeros(coder.n_features)
     n = 0
-    for batch in dataset.batches(BATCH_TOKENS):
+    for batch in dataset.batches(max(1, min(BATCH_TOKENS, BATCH_ENTRIES // coder.n_features))):
         if max_tokens is not None and n + len(batch) > max_tokens and n > 0:
             break
         x = columns.take(batch, coder.reads.names).astype(mx.float32)

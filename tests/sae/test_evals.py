@@ -404,3 +404,12 @@ def test_a_site_of_two_models_is_judged_by_its_own_model(model, affine, texts):
     for name in ("clean", "spliced", "ablated"):
         mean = (getattr(first, name) + getattr(second, name)) / 2
         assert getattr(found, name) == pytest.approx(mean, rel=1e-6)
+
+
+def test_wide_codes_are_measured_in_smaller_batches(monkeypatch):
+    coder, dataset = random_coder(8), ActivationDataset.from_activations(data(500), site=SITE)
+    whole = fidelity(coder, dataset)
+    monkeypatch.setattr("mlxterp.sae.evals.BATCH_ENTRIES", 70 * coder.n_features)
+    parts = fidelity(coder, dataset)
+    assert parts.fvu == pytest.approx(whole.fvu, rel=1e-6)
+    assert parts.firing_rates.tolist() == whole.firing_rates.tolist()
