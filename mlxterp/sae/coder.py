@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlxterp.sae.activation_functions import make_activation_function
+from mlxterp.sae.kernels import joined
 
 
 @dataclass(frozen=True)
@@ -208,9 +209,7 @@ class SparseCoder(nn.Module):
 
     def joined_decoder(self, parts: list[mx.array]) -> mx.array:
         """The inverse of `decoder_blocks`."""
-        if len(parts) == 1:
-            return parts[0]
-        return mx.concatenate([part.reshape(-1, self.W_dec.shape[1]) for part in parts])
+        return joined([part.reshape(-1, self.W_dec.shape[1]) for part in parts])
 
     def direction(self, feature_id: int) -> mx.array:
         """The decoder row `[d_out]` of a feature, 0 in the columns that it does not write."""
@@ -250,10 +249,11 @@ class SparseCoder(nn.Module):
     def pre_activations(self, x: mx.array | Mapping[str, mx.array]) -> mx.array:
         """`x @ W_enc.T + b_enc`, `[..., n_features]`."""
         x, parts = self._joined(x), (self.of_blocks(self.W_enc), self.of_blocks(self.b_enc))
-        return _joined_last(
+        pre = [
             mx.addmm(b, x[..., block.reads], W.T)
             for block, W, b in zip(self.blocks, *parts, strict=True)
-        )
+        ]
+        return joined(pre, axis=-1)
 
     def encode(self, x: mx.array | Mapping[str, mx.array]) -> mx.array:
         """The code `[..., n_features]` of an activation `[..., d_in]`.
@@ -299,8 +299,3 @@ class SparseCoder(nn.Module):
 
 def _size(part: slice) -> int:
     return part.stop - part.start
-
-
-def _joined_last(parts: Iterable[mx.array]) -> mx.array:
-    arrays = list(parts)
-    return arrays[0] if len(arrays) == 1 else mx.concatenate(arrays, axis=-1)

@@ -11,6 +11,7 @@ import numpy as np
 
 from mlxterp.sae.coder import Columns, SparseCoder
 from mlxterp.sae.config import SAEConfig
+from mlxterp.sae.kernels import joined
 from mlxterp.sae.objective import Objective, Params
 from mlxterp.sae.optimizer import unit_rows
 
@@ -141,7 +142,7 @@ def initial_params(
         b_out = b_out - skip["W_skip"] @ b_in
     W_enc, W_dec = _random_maps(coder, config)
     blocks = list(zip(coder.blocks, coder.of_blocks(W_enc), strict=True))
-    b_enc = _joined([-(W @ b_in[block.reads]) for block, W in blocks])
+    b_enc = joined([-(W @ b_in[block.reads]) for block, W in blocks])
     params = {"W_dec": W_dec, "b_dec": mx.array(b_out), "b_enc": b_enc, **skip}
     pre = [(x[:QUANTILE_TOKENS] - b_in)[:, block.reads] @ W.T for block, W in blocks]
     threshold = _exceeded_by(mx.concatenate(pre, axis=-1), config.wanted_l0 * len(blocks))
@@ -185,10 +186,6 @@ def _random_maps(coder: SparseCoder, config: SAEConfig) -> tuple[mx.array, mx.ar
     ]
     W_enc = unit_rows(mx.random.normal(coder.W_enc.shape, key=keys[0]))
     return W_enc, coder.joined_decoder(decoders)
-
-
-def _joined(arrays: list[mx.array]) -> mx.array:
-    return arrays[0] if len(arrays) == 1 else mx.concatenate(arrays)
 
 
 def _initial_skip(
@@ -264,7 +261,7 @@ def fold(
         b_enc.append((coder.of_blocks(params["b_enc"])[i] - shift) * gain)
         W_dec.append(decoders[i] / scale_out[block.writes] / gain[:, None])
         gains.append(gain)
-    coder.W_enc, coder.b_enc = _joined(W_enc), _joined(b_enc)
+    coder.W_enc, coder.b_enc = joined(W_enc), joined(b_enc)
     coder.W_dec = coder.joined_decoder(W_dec)
     coder.b_dec = params["b_dec"] / scale_out + centre_out
     if coder.has_skip:
@@ -272,7 +269,7 @@ def fold(
         coder.b_dec = coder.b_dec - coder.W_skip @ centre_in
     if "site_scale" in coder:
         coder.site_scale = site_scale
-    coder.activation_function.set_arrays(params, averaged, _joined(gains), 1 / unit)
+    coder.activation_function.set_arrays(params, averaged, joined(gains), 1 / unit)
     mx.eval(coder.parameters())
 
 

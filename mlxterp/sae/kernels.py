@@ -196,7 +196,7 @@ def row_sums(
         rows[order],
         lambda gathered, _: mx.segmented_mm(weights, gathered, segments)[:, 0],
     )
-    return _joined(parts, axis=-1)
+    return joined(parts, axis=-1)
 
 
 def with_gradients(
@@ -252,8 +252,8 @@ def _decode_dense(
     def _vjp(primals, cotangent, _):
         values, W_dec = primals
         by_group = [(part, cotangent[:, i]) for i, part in enumerate(groups)]
-        at_code = _joined([g @ W_dec[part].T for part, g in by_group], axis=-1)
-        rows = _joined([z[:, part].T @ g for part, g in by_group], axis=0)
+        at_code = joined([g @ W_dec[part].T for part, g in by_group], axis=-1)
+        rows = joined([z[:, part].T @ g for part, g in by_group], axis=0)
         return pairs.at(at_code).astype(values.dtype), rows
 
     return decode(values, W_dec)
@@ -269,7 +269,8 @@ def _groups(bounds: tuple[int, ...], n_features: int) -> list[slice]:
     return [slice(a, b) for a, b in itertools.pairwise((0, *bounds, n_features))]
 
 
-def _joined(parts: list[mx.array], axis: int) -> mx.array:
+def joined(parts: list[mx.array], axis: int = 0) -> mx.array:
+    """The parts side by side; one alone as it is."""
     return mx.concatenate(parts, axis=axis) if len(parts) > 1 else parts[0]
 
 
@@ -302,7 +303,7 @@ def _decode_rows(
             segments = _segments(starts())
             use = lambda gathered, _: mx.segmented_mm(values[None], gathered, segments)  # noqa: E731
         parts = _by_blocks(W_dec, pairs.features, use, gathered)
-        return _joined(parts, axis=-1).reshape(pairs.n_tokens, n_groups, -1)
+        return joined(parts, axis=-1).reshape(pairs.n_tokens, n_groups, -1)
 
     @decode.vjp
     def _vjp(primals, cotangent, _):

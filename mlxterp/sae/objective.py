@@ -13,7 +13,7 @@ from mlxterp.sae import losses
 from mlxterp.sae.activation_functions import TopK
 from mlxterp.sae.coder import Block, SparseCoder
 from mlxterp.sae.config import SAEConfig
-from mlxterp.sae.kernels import Pairs, decode_groups, with_gradients
+from mlxterp.sae.kernels import Pairs, decode_groups, joined, with_gradients
 from mlxterp.sae.parallel import UNDIVIDED, Undivided
 
 Params = dict[str, mx.array]
@@ -132,7 +132,7 @@ class Objective:
         if self.n_revived:
             revival = self._revival(blocks, residual, x, dead)
             loss = loss + self.config.auxiliary_coefficient * revival
-        firings = _joined([division.sum_over_tokens(code.firings()) for code in codes])
+        firings = joined([division.sum_over_tokens(code.firings()) for code in codes])
         return division.mean_over_tokens(loss), {
             "error": division.mean_over_tokens(residual.square().sum(axis=0).sum() / residual.size),
             # A flat sum of float32 ones ends at 2^24 on the CPU.
@@ -252,7 +252,3 @@ class Objective:
                 values = values * weights[code.pairs.features]
             found.append(self.division.smallest(values))
         return found[0] if len(found) == 1 else mx.stack(found)
-
-
-def _joined(arrays: list[mx.array]) -> mx.array:
-    return arrays[0] if len(arrays) == 1 else mx.concatenate(arrays)
