@@ -3,92 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import mlx.core as mx
-import numpy as np
 
-from mlxterp.sae import analysis, connections, evals, steering, visualization
-from mlxterp.sae.coder import Columns, SparseCoder
+from mlxterp.sae import analysis, collection, connections, evals, feature_data, steering
+from mlxterp.sae.coder import Columns, SparseCoder, check_feature
 from mlxterp.sae.config import SAEConfig
 from mlxterp.sae.dataset import ActivationDataset
+from mlxterp.sae.feature_data import FeatureData
 from mlxterp.sae.files import write_directory
-from mlxterp.sae.source import ActivationSource, find_site
+from mlxterp.sae.metadata import Compatibility, Metadata, Statistics, compatibility
+from mlxterp.sae.source import ActivationSource
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
 # By this file a saved coder is known; a `config.json` is in many directories, such as a model's.
 MARKER = "encoder_bias.safetensors"
-
-
-@dataclass(frozen=True)
-class Metadata:
-    """Where a coder comes from: plain values, saved with it as `metadata.json`."""
-
-    model: dict[str, Any] = field(default_factory=dict)
-    """`name`, `fingerprint`, `n_layers` and `d_model` of the language model."""
-    data: dict[str, Any] = field(default_factory=dict)
-    """Number of tokens and documents, and the context length, of training and validation."""
-    config: dict[str, Any] = field(default_factory=dict)
-    """The training configuration."""
-    library_version: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields, as plain values."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Metadata:
-        """The inverse of `to_dict`; names that are not fields are left out."""
-        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """What training measured, saved as `statistics.json`.
-
-    `training` and `validation` are the reports in order; `firing_rates` `[n_features]` is the share
-    of tokens on which each feature fired at the end of training, empty where it is not known.
-    """
-
-    training: tuple[dict[str, Any], ...] = ()
-    validation: tuple[dict[str, Any], ...] = ()
-    firing_rates: np.ndarray = field(default_factory=lambda: np.zeros(0))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Reports, rates to six digits, and the ids of the features with rate zero."""
-        return {
-            "training": list(self.training),
-            "validation": list(self.validation),
-            "firing_rates": [float(f"{rate:.6g}") for rate in self.firing_rates],
-            "dead_features": np.flatnonzero(self.firing_rates == 0).tolist(),
-        }
-
-    def plot(self, axes: Any = None) -> Any:
-        """A matplotlib figure of loss, FVU, L0 and dead features; see
-        `visualization.plot_training`."""
-        return visualization.plot_training(self.training, self.validation, axes)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Statistics:
-        """The inverse of `to_dict`."""
-        rates = np.array(values.get("firing_rates", []), dtype=np.float64)
-        return cls(tuple(values.get("training", ())), tuple(values.get("validation", ())), rates)
-
-
-@dataclass(frozen=True)
-class Compatibility:
-    """Whether a coder fits a model and a site: true or false, and why not."""
-
-    reasons: tuple[str, ...]
-
-    def __bool__(self) -> bool:
-        return not self.reasons
-
-    def __repr__(self) -> str:
-        return "compatible" if self else "not compatible: " + "; ".join(self.reasons)
+FEATURES = "features"
+TOKENS_AT_A_GLANCE = 200_000
 
 
 class BaseSAE(SparseCoder):
@@ -108,7 +43,8 @@ class BaseSAE(SparseCoder):
         self._source: ActivationSource | None = None
         self._training_data: ActivationDataset | None = None
         self._held_out: ActivationDataset | None = None
-        self._examples: analysis.FeatureExamples | None = None
+        self._features: FeatureData | None = None
+        self.path: Path | None = None
 
     @classmethod
     def untrained(cls, reads: Columns, writes: Columns, config: SAEConfig) -> Self:
@@ -125,7 +61,8 @@ class BaseSAE(SparseCoder):
     ) -> None:
         """Remember a model, and the data of this session, for calls that name none."""
         self._source, self._training_data, self._held_out = model, training, held_out
-        self._examples = None
+        if self._features is not None:
+            self._features = replace(self._features, source=model)
 
     def _model(self, model: ActivationSource | None) -> ActivationSource:
         source = self._source if model is None else model
@@ -148,6 +85,48 @@ class BaseSAE(SparseCoder):
         """The features with the largest values anywhere in a text, largest first."""
         return list(self.analyze_text(text, model=model, top_k=top_k).top)
 
+    @property
+    def features(self) -> FeatureData | None:
+        """What `collect` found out, in this session or before the coder was saved."""
+        if self._features is None and self.path is not None:
+            place = self.path / FEATURES
+            if (place / feature_data.MARKER).is_file():
+                self._features = FeatureData.load(place, self, self._source)
+        return self._features
+
+    def collect(
+        self,
+        dataset: Iterable[str] | ActivationDataset | None = None,
+        *,
+        model: ActivationSource | None = None,
+        path: str | Path | None = None,
+        verbose: bool = True,
+        **options: Any,
+    ) -> FeatureData:
+        """Statistics, examples and co-activations of all features, from one pass over a dataset.
+
+        The result is remembered, as `features`, and used by everything that needs examples. It is
+        saved beside a coder that has been saved, or at `path`; there an interrupted pass goes on
+        where it was. Without a `dataset` the training data serves, in the session of the training.
+        `options` are those of `collection.collect`.
+        """
+        data = self._as_dataset(model, dataset, self._training_data, verbose)
+        place = path if path is not None or self.path is None else self.path / FEATURES
+        self._features = collection.collect(
+            self, data, path=place, known=self._features, verbose=verbose, **options
+        )
+        return self._features
+
+    def _collected(
+        self,
+        model: ActivationSource | None,
+        dataset: Iterable[str] | ActivationDataset | None = None,
+    ) -> FeatureData:
+        """What is collected already or, for a dataset or the training data, is now."""
+        if dataset is None and self.features is not None:
+            return self.features
+        return self.collect(dataset, model=model, max_tokens=TOKENS_AT_A_GLANCE)
+
     def visualize_feature(
         self,
         feature_id: int,
@@ -155,35 +134,18 @@ class BaseSAE(SparseCoder):
         model: ActivationSource | None = None,
         dataset: Iterable[str] | ActivationDataset | None = None,
         top_k: int = 10,
-    ) -> visualization.FeatureView:
-        """The feature's strongest examples in a dataset and the tokens that it promotes.
+    ) -> Any:
+        """Everything about one feature: examples, statistics, the tokens that it promotes, and its
+        neighbours; see `FeatureView`.
 
-        Without a `dataset` the training data serves, where the coder was trained in this session;
-        otherwise a `ValueError` asks for one.
+        Examples are from what `collect` found. Before that a pass over up to 200,000 tokens of the
+        `dataset`, or of the training data in its session, is made now.
         """
-        source = self._model(model)
-        feature_id = analysis.check_feature(self, feature_id)
-        examples = self.top_examples(model=source, dataset=dataset, n=top_k)
-        rates = self.statistics.firing_rates
-        rate = float(rates[feature_id]) if len(rates) else None
-        return visualization.view_feature(self, source, examples, feature_id, rate)
+        from mlxterp.sae import feature_view
 
-    def top_examples(
-        self,
-        *,
-        model: ActivationSource | None = None,
-        dataset: Iterable[str] | ActivationDataset | None = None,
-        n: int = 10,
-    ) -> analysis.FeatureExamples:
-        """The `n` strongest examples of every feature; see `analysis.collect_examples`."""
-        remembered = self._examples
-        if dataset is None and remembered is not None and remembered.values.shape[1] >= n:
-            return remembered.strongest(n)
-        data = self._as_dataset(model, dataset, self._training_data)
-        examples = analysis.collect_examples(self, data, n)
-        if dataset is None:
-            self._examples = examples
-        return examples
+        feature_id = check_feature(self, feature_id)
+        data = self._collected(model, dataset)
+        return feature_view.view_feature(self, self._model(model), data, feature_id, top_k)
 
     def evaluate(
         self,
@@ -206,6 +168,7 @@ class BaseSAE(SparseCoder):
         model: ActivationSource | None,
         dataset: Iterable[str] | ActivationDataset | None,
         remembered: ActivationDataset | None,
+        verbose: bool = False,
     ) -> ActivationDataset:
         if isinstance(dataset, ActivationDataset):
             return dataset
@@ -215,6 +178,7 @@ class BaseSAE(SparseCoder):
                 dataset,
                 list(self.reads.union(self.writes).names),
                 context_length=self.metadata.data.get("context_length"),
+                verbose=verbose,
             )
         if remembered is None:
             raise ValueError("This coder remembers no data: pass dataset=, a list of texts.")
@@ -231,10 +195,12 @@ class BaseSAE(SparseCoder):
         return steering.steer(self, activation, feature_id, strength, site)
 
     def steering_edit(
-        self, feature_id: int, strength: float = 1.0, site: str | None = None
+        self, features: steering.Features, strength: float = 1.0, **options: Any
     ) -> dict[str, steering.Edit]:
-        """Edits that add a feature at every token: `model.generate(..., edit=...)`."""
-        return steering.steering_edit(self, feature_id, strength, site)
+        """Edits that add, clamp, scale or ablate features, in units of the largest values that
+        `collect` found: `model.generate(..., edit=...)`; see `steering.steering_edit`."""
+        maxima = None if self.features is None else self.features.maxima
+        return steering.steering_edit(self, features, strength, **{"maxima": maxima, **options})
 
     def splice(
         self,
@@ -279,30 +245,7 @@ class BaseSAE(SparseCoder):
         self, model: ActivationSource, layer: Any = None, component: str | None = None
     ) -> Compatibility:
         """Whether the coder fits the model, and the site if one is named; false says why."""
-        if layer is None and component is not None:
-            raise ValueError(f"component={component!r} says nothing without layer=...")
-        reasons = []
-        columns = self.reads.union(self.writes)
-        for name, width in zip(columns.names, columns.widths, strict=True):
-            try:
-                found = model.width(name)
-            except ValueError as error:
-                reasons.append(str(error))
-            else:
-                if found != width:
-                    reasons.append(f"{name} has width {found} in the model, {width} in the coder")
-        trained_on = self.metadata.model.get("fingerprint")
-        if trained_on is not None and trained_on != model.fingerprint:
-            reasons.append(f"it was trained on other weights ({self.metadata.model.get('name')})")
-        if layer is not None:
-            try:
-                site = str(find_site(model, layer, component))
-            except ValueError as error:
-                reasons.append(str(error))
-            else:
-                if site not in columns.names:
-                    reasons.append(f"it is of {', '.join(columns.names)}, not of {site}")
-        return Compatibility(tuple(reasons))
+        return compatibility(self, self.metadata, model, layer, component)
 
     def to_config(self) -> dict[str, Any]:
         """Everything that rebuilds the coder but its arrays, as saved in `config.json`."""
@@ -344,7 +287,10 @@ class BaseSAE(SparseCoder):
             "metadata.json": self.metadata.to_dict(),
         }
         contents |= self.array_files()
-        return write_directory(path, contents, marker=MARKER)
+        if self.features is not None:
+            contents |= {f"{FEATURES}/{name}": part for name, part in self.features.files.items()}
+        self.path = write_directory(path, contents, marker=MARKER)
+        return self.path
 
     def __repr__(self) -> str:
         sites = _listed(self.reads.names)

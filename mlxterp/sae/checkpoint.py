@@ -6,6 +6,7 @@ decoder.safetensors        W_dec, b_dec; W_skip, site_scale where the coder has 
 encoder_bias.safetensors   b_enc
 statistics.json            reports, firing rates, dead features
 metadata.json              model, data, training configuration, library version
+features/                  what `collect` found out about the features, where it was called
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mlxterp.sae.base import CONFIG_FILE, FORMAT_VERSION, BaseSAE, Metadata, Statistics
+from mlxterp.sae.base import CONFIG_FILE, FORMAT_VERSION, BaseSAE
 from mlxterp.sae.coder import Columns
 from mlxterp.sae.cross_layer import CrossLayerTranscoder
 from mlxterp.sae.crosscoder import Crosscoder
 from mlxterp.sae.files import read_arrays, read_json, recover
+from mlxterp.sae.metadata import Metadata, Statistics
 from mlxterp.sae.sae import SAE
 from mlxterp.sae.transcoder import Transcoder
 
@@ -58,7 +60,7 @@ def load_sae(path: str | Path) -> BaseSAE:
         shapes = {name: tuple(array.shape) for name, array in arrays.items()}
         for name, array in read_arrays(path / file, shapes).items():
             coder.set_array(name, array)
-    coder.metadata, coder.statistics = metadata, statistics
+    coder.metadata, coder.statistics, coder.path = metadata, statistics, path
     return coder
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlxterp.sae.activation_functions import make_activation_function
 from mlxterp.sae.kernels import joined
@@ -295,6 +296,14 @@ class SparseCoder(nn.Module):
         x = self._joined(x)
         y_hat = self.decode(self.encode(x))
         return y_hat + x @ self.W_skip.T if self.has_skip else y_hat
+
+
+def check_feature(coder: SparseCoder, feature_id: int) -> int:
+    """The id itself; raises `ValueError` where the coder has no such feature."""
+    whole = isinstance(feature_id, (int, np.integer)) and not isinstance(feature_id, bool)
+    if not whole or not 0 <= feature_id < coder.n_features:
+        raise ValueError(f"feature_id must be in [0, {coder.n_features - 1}], got {feature_id!r}.")
+    return int(feature_id)
 
 
 def _size(part: slice) -> int:

@@ -13,7 +13,7 @@ from mlxterp.sae.analysis import check_feature, logit_effects
 from mlxterp.sae.coder import SparseCoder
 from mlxterp.sae.model_pair import owner
 from mlxterp.sae.source import ActivationSource
-from mlxterp.sae.visualization import _new_figure
+from mlxterp.sae.visualization import new_figure
 from mlxterp.sites import COMPONENTS, Site
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class InputInvariantWeights:
         """A matplotlib figure of the `n` strongest connections, as bars; the band is what weights
         are on average. Raises `ImportError` where matplotlib is missing."""
         shown = self.strongest(n)
-        ax: Any = axes or _new_figure(5.2, 0.8 + 0.24 * len(shown)).subplots()
+        ax: Any = axes or new_figure(5.2, 0.8 + 0.24 * len(shown)).subplots()
         colors = ["#0072B2" if c.weight > 0 else "#D55E00" for c in shown]
         ax.axvspan(-self.rms, self.rms, color="0.9", zorder=0)
         ax.barh(range(len(shown)), [c.weight for c in shown], color=colors)

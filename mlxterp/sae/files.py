@@ -29,6 +29,7 @@ def write_directory(
     path: str | Path, contents: Contents, marker: str, checksums: bool = False
 ) -> Path:
     """Write `{file name: arrays or JSON value}` as a directory that appears complete or not at all.
+    A name may be that of a file in a directory of it.
 
     Arrays go to safetensors, everything else to JSON; all of it has reached the disk when this
     returns. With `checksums` one more file notes the CRC-32 of each, for `verify`. An older
@@ -122,6 +123,8 @@ class _CheckedFile(io.BufferedWriter):
 
 def _write_files(directory: Path, contents: Contents, checksums: bool) -> None:
     directory.mkdir()
+    for parent in {(directory / name).parent for name in contents} - {directory}:
+        parent.mkdir()
     found = {name: write_file(directory / name, content) for name, content in contents.items()}
     if checksums:
         write_file(directory / CHECKSUMS_FILE, found)
@@ -222,8 +225,12 @@ def read_json(path: Path, required: tuple[str, ...] = ()) -> dict[str, Any]:
     return content
 
 
-def read_arrays(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, mx.array]:
-    """The named arrays of a safetensors file.
+def read_arrays(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    types: tuple[str, ...] = ("F32", "F16", "BF16"),
+) -> dict[str, mx.array]:
+    """The named arrays of a safetensors file, of one of the given types.
 
     Names, shapes and types are checked in the header before any memory is taken; raises
     `ValueError` naming the file and the key.
@@ -237,7 +244,7 @@ def read_arrays(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, 
                 found = tuple(header.get_shape())
                 if found != shape:
                     raise ValueError(f"{path}: {key!r} must have shape {shape}, got {found}.")
-                if header.get_dtype() not in ("F32", "F16", "BF16"):
+                if header.get_dtype() not in types:
                     raise ValueError(f"{path}: {key!r} has type {header.get_dtype()}.")
     except FileNotFoundError:
         raise ValueError(f"{path} is missing.") from None

@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mlxterp.sae.base import MARKER, BaseSAE, Metadata, Statistics
+from mlxterp.sae.base import MARKER, BaseSAE
 from mlxterp.sae.callbacks import Callback, ProgressBar
 from mlxterp.sae.coder import Columns
 from mlxterp.sae.config import SAEConfig
 from mlxterp.sae.dataset import ActivationDataset
 from mlxterp.sae.files import check_replaceable
+from mlxterp.sae.metadata import Metadata, Statistics
 from mlxterp.sae.parallel import Parallel, is_first
 from mlxterp.sae.source import ActivationSource
 from mlxterp.sae.trainer import Trainer, TrainingResult

@@ -1,4 +1,4 @@
-"""Something to look at: features as text and HTML, runs as figures."""
+"""Something to look at: tables as text and HTML, runs and numbers as figures."""
 
 from __future__ import annotations
 
@@ -12,10 +12,6 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-
-from mlxterp.sae.analysis import Example, FeatureExamples, LogitEffects, logit_effects
-from mlxterp.sae.coder import SparseCoder
-from mlxterp.sae.source import ActivationSource
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,36 +33,6 @@ HELD_OUT = {
 # Of Okabe and Ito, who chose them for all kinds of colour vision; grey comes last.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999")
 BINS = 41  # an odd number, so that one half lies within a bin
-
-
-@dataclass(frozen=True)
-class FeatureView:
-    """One feature: where it fires, on what, and which tokens it makes more and less likely.
-
-    `firing_rate` is its share of the tokens at the end of training, `None` where it is not known;
-    `logits` is `None` for a coder that does not write the residual stream's width.
-    """
-
-    feature_id: int
-    firing_rate: float | None
-    examples: tuple[Example, ...]
-    logits: LogitEffects | None
-
-    def __repr__(self) -> str:
-        rate = "" if self.firing_rate is None else f", on {100 * self.firing_rate:.2f}% of tokens"
-        lines = [f"Feature {self.feature_id}{rate}"]
-        if self.logits is not None:
-            lines.append("  raises  " + "  ".join(repr(token) for token, _ in self.logits.top[:8]))
-            lines.append(
-                "  lowers  " + "  ".join(repr(token) for token, _ in self.logits.bottom[:8])
-            )
-        if not self.examples:
-            lines.append("  not active on any of these tokens")
-        return "\n".join([*lines, *(f"  {example}" for example in self.examples)])
-
-    def _repr_html_(self) -> str:
-        largest = max((max(example.values) for example in self.examples), default=1.0)
-        return _render("feature.html", view=self, largest=largest)
 
 
 @dataclass(frozen=True)
@@ -92,32 +58,15 @@ class Table:
         )
 
     def _repr_html_(self) -> str:
-        return _render("table.html", table=self)
+        return render("table.html", table=self)
 
 
-def _render(template: str, **values: Any) -> str:
+def render(template: str, **values: Any) -> str:
     from jinja2 import Environment
 
     text = resources.files("mlxterp.sae").joinpath("templates", template).read_text("utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(text).render(**values)
-
-
-def view_feature(
-    coder: SparseCoder,
-    source: ActivationSource,
-    examples: FeatureExamples,
-    feature_id: int,
-    firing_rate: float | None = None,
-) -> FeatureView:
-    """Gather what `FeatureView` shows."""
-    shown = examples.of(feature_id)
-    logits = logit_effects(coder, source, feature_id) if _writes_stream(coder, source) else None
-    return FeatureView(feature_id, firing_rate, shown, logits)
-
-
-def _writes_stream(coder: SparseCoder, source: ActivationSource) -> bool:
-    return coder.d_out == getattr(source, "d_model", None)
 
 
 def plot_training(
@@ -149,7 +98,7 @@ def plot_shares(
     `order` lists the kinds `[n_features]` that are drawn, from the bottom of the stack; `label`
     says what the number is. Features without a number are left out.
     """
-    ax = _new_axis() if ax is None else ax
+    ax = new_axis() if ax is None else ax
     known = np.isfinite(shares)
     counts = Counter(kinds[known].tolist())
     shown = [kind for kind in order if counts[kind]]
@@ -185,7 +134,7 @@ def plot_matrix(
 
     Small ones have their values written into the cells; what is NaN stays white.
     """
-    ax = _new_axis() if ax is None else ax
+    ax = new_axis() if ax is None else ax
     values = values if len(values) else np.full((1, len(columns)), np.nan)
     known = values[np.isfinite(values)]
     low, high = float(known.min(initial=0.0)), float(known.max(initial=1e-9))
@@ -208,19 +157,19 @@ def plot_matrix(
     return figure
 
 
-def _new_axis() -> Axes:
-    axis: Any = _new_figure(6.4, 4.2).subplots()
+def new_axis() -> Axes:
+    axis: Any = new_figure(6.4, 4.2).subplots()
     return axis
 
 
 def _new_axes() -> list[Axes]:
-    figure = _new_figure(8.4, 5.0)
+    figure = new_figure(8.4, 5.0)
     panels = list(chain(*figure.subplots(2, 2, sharex=True)))
     figure.align_ylabels(panels)
     return panels
 
 
-def _new_figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import mlx.core as mx
 import numpy as np
@@ -9,7 +10,9 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlxterp.sae import SAE, load_sae
-from mlxterp.sae.base import BaseSAE, Metadata, Statistics
+from mlxterp.sae.base import BaseSAE
+from mlxterp.sae.coder import Columns
+from mlxterp.sae.metadata import Metadata, Statistics
 from tests.sae import kinds
 
 FILES = {
@@ -312,3 +315,33 @@ def test_k_may_be_written_as_a_float(saved):
     assert mx.array_equal(
         load_sae(saved).encode(mx.ones((2, 6))), example().encode(mx.ones((2, 6)))
     )
+
+
+def test_what_was_collected_is_saved_with_the_coder(sae, model, tmp_path):
+    copy = load_sae(sae.save(tmp_path / "coder.mlx"))
+    copy.bind(model)
+    assert copy.features is None or len(copy.features.firing_counts) == copy.n_features
+    texts = list(topics.values())[40:44]
+    data = copy.collect(texts, verbose=False)
+    again = load_sae(tmp_path / "coder.mlx")
+    assert again.features is not None and again.features.n_tokens == data.n_tokens
+    np.testing.assert_array_equal(again.features.firing_counts, data.firing_counts)
+    with pytest.raises(ValueError, match="bind"):
+        again.features.examples(0)
+    again.bind(model)
+    strong = int(np.argmax(data.firing_counts))
+    assert again.features.examples(strong) == data.examples(strong)
+    moved = load_sae(again.save(tmp_path / "moved.mlx"))
+    assert moved.features is not None and moved.features.settings == data.settings
+
+
+def test_a_coder_that_was_not_saved_keeps_what_it_collected_until_it_is(model, tmp_path):
+    columns = Columns(("layers.2.resid_post",), (128,))
+    made = SAE(columns, columns, 40, k=3)
+    made.W_enc = mx.random.normal((40, 128), key=mx.random.key(0))
+    assert made.features is None
+    data = made.collect(list(topics.values())[:2], model=model, verbose=False)
+    assert made.features is data
+    assert load_sae(made.save(tmp_path / "new.mlx")).features.n_tokens == data.n_tokens
+    # Another coder at the same place does not inherit them.
+    assert load_sae(SAE(columns, columns, 40, k=3).save(tmp_path / "new.mlx")).features is None
