@@ -38,10 +38,22 @@ class GenerationStream(Iterator[Any]):
         plan: Plan,
         prompt: mx.array,
         tokenizer: Any,
+        *,
+        max_tokens: int = 100,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        seed: int = 0,
         **kwargs: Any,
     ) -> None:
         from mlx_lm import stream_generate
 
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, not {max_tokens}")
+        if prompt.shape[0] != 1:
+            raise ValueError(f"generate takes one prompt, not {prompt.shape[0]}")
+        prompt = prompt[0]
         if kwargs.get("draft_model") is not None and plan:
             raise ValueError(
                 "draft_model cannot be used with edit= or capture=: it rewinds positions"
@@ -49,6 +61,10 @@ class GenerationStream(Iterator[Any]):
         self._architecture = architecture
         self._prompt = prompt
         self._recorder = _Recorder(architecture, plan, prompt.size, kwargs.get("prompt_cache"))
+        kwargs |= {
+            "max_tokens": max_tokens,
+            "sampler": make_sampler(temperature, top_p, top_k, min_p, seed),
+        }
         self._pieces = stream_generate(architecture.model, tokenizer, prompt, **kwargs)
         self.tokens: list[int] = []
         self.text = ""
@@ -101,10 +117,11 @@ class _Recorder:
         here = self._position
         self._position += length
         self.forward.begin(
-            mx.arange(here, here + length),
+            positions=mx.arange(here, here + length),
             step=max(0, here - self._prompt_end + 1),
             phase="prefill" if here < self._prompt_end else "decode",
             mask=mx.ones((1, length), dtype=mx.bool_),
+            prompt_end=self._prompt_end,
         )
         return args, kwargs
 

@@ -16,7 +16,8 @@ Before = Callable[[tuple, dict], tuple[tuple, dict]]
 After = Callable[[Any], Any]
 Key = int | str  # of a positional or a named argument
 
-_active: ContextVar[tuple[Hooks, ...]] = ContextVar("mlxterp_hooks", default=())
+_open: ContextVar[tuple[Hooks, ...]] = ContextVar("mlxterp_open_hooks", default=())
+_active: ContextVar[tuple[Hooks, ...]] = ContextVar("mlxterp_hooks", default=())  # which act
 _lock = threading.Lock()
 _hooked: dict[int, int] = {}  # id of a module -> number of open Hooks that hold it alive
 
@@ -27,9 +28,14 @@ class Hooks:
     A module with hooks has its class swapped for a subclass that consults the hooks open in the
     current context. The original class returns when the last one closes, so the tree of modules,
     `parameters()` and `isinstance` never notice, and other threads are not affected.
+
+    Hooks of a `subject` that have `standing` edits are for whoever uses it while they are open:
+    they do not act while later hooks of the subject are open, which are to include these edits.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, subject: Any = None, standing: Any = None) -> None:
+        self.subject = subject
+        self.standing = standing
         self.before: dict[int, Before] = {}
         self.after: dict[int, After] = {}
         self._modules: dict[int, nn.Module] = {}
@@ -56,12 +62,12 @@ class Hooks:
                 if key not in _hooked:
                     _set_class(module, _hooked_class(type(module)))
                 _hooked[key] = _hooked.get(key, 0) + 1
-        _active.set((*_active.get(), self))
+        _set_open((*_open.get(), self))
         return self
 
     def __exit__(self, *exception: object) -> None:
         # Not ContextVar.reset: a generator may close its hooks after those opened later.
-        _active.set(tuple(hooks for hooks in _active.get() if hooks is not self))
+        _set_open(tuple(hooks for hooks in _open.get() if hooks is not self))
         with _lock:
             for key, module in self._modules.items():
                 _hooked[key] -= 1
@@ -73,12 +79,30 @@ class Hooks:
 @contextmanager
 def suspended() -> Iterator[None]:
     """Call modules as if no hooks were open, as a hook that runs the model itself must."""
-    opened = _active.get()
-    _active.set(())
+    opened = _open.get()
+    _set_open(())
     try:
         yield
     finally:
-        _active.set(opened)
+        _set_open(opened)
+
+
+def standing(subject: Any) -> Any:
+    """The standing edits of the innermost hooks of `subject` that have any; None where none do."""
+    found = (hooks.standing for hooks in reversed(_open.get()) if hooks.subject is subject)
+    return next((edits for edits in found if edits is not None), None)
+
+
+def _set_open(opened: tuple[Hooks, ...]) -> None:
+    _open.set(opened)
+    later = [{id(hooks.subject) for hooks in opened[i:]} for i in range(1, len(opened) + 1)]
+    _active.set(
+        tuple(
+            hooks
+            for hooks, subjects in zip(opened, later, strict=True)
+            if hooks.standing is None or id(hooks.subject) not in subjects
+        )
+    )
 
 
 def original_class(module: nn.Module) -> type:

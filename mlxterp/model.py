@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import numpy as np
 
 from mlxterp import analysis, loading, tokenization, tracing
 from mlxterp.architecture import Architecture
-from mlxterp.generation import GenerationStream, make_sampler
+from mlxterp.editing import editing
+from mlxterp.generation import GenerationStream
 from mlxterp.sae.base import BaseSAE
 from mlxterp.sae.checkpoint import load_sae
 from mlxterp.sae.config import SAEConfig
@@ -25,7 +27,7 @@ from mlxterp.sae.sae import SAE, SAETrainer
 from mlxterp.sae.transcoder import Transcoder, TranscoderTrainer
 from mlxterp.sites import Site, SiteTable
 from mlxterp.trace import LayerListProxy, OutputProxy, Trace
-from mlxterp.tracing import Captured, Edit, Gradients, Spelling, make_plan
+from mlxterp.tracing import Captured, Edit, Gradients, Plan, Spelling, make_plan
 
 Edits = Mapping[Any, "Edit | Sequence[Edit]"]
 
@@ -194,7 +196,7 @@ class InterpretableModel:
             raise ValueError(f"hidden must have width {self.d_model}, not {hidden.shape[-1]}")
         rows = hidden.reshape(-1, 1, self.d_model)
         tokens = mx.zeros((rows.shape[0], 1), dtype=mx.int32)
-        plan = make_plan(self.architecture, (), {last: lambda _: rows})
+        plan = Plan(edits={last: (lambda x, context: rows,)})  # without any edits that stand
         logits = tracing.run(self.architecture, tokens, plan).output
         return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
 
@@ -218,14 +220,8 @@ class InterpretableModel:
         self,
         prompt: Any,
         *,
-        max_tokens: int = 100,
         edit: Edits | None = None,
         capture: Spelling | Iterable[Spelling] = (),
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        min_p: float = 0.0,
-        seed: int = 0,
         **kwargs: Any,
     ) -> GenerationStream:
         """The pieces of a generation, one by one; the arguments are those of `generate`."""
@@ -234,15 +230,9 @@ class InterpretableModel:
                 "this model has no tokenizer, which generate needs to write text and to know where "
                 "it ends: give one, InterpretableModel(model, tokenizer=...)"
             )
-        if max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, not {max_tokens}")
         ids, _ = self.tokens(prompt)
-        if ids.shape[0] != 1:
-            raise ValueError(f"generate takes one prompt, not {ids.shape[0]}")
         plan = make_plan(self.architecture, capture, edit)
-        sampler = make_sampler(temperature, top_p, top_k, min_p, seed)
-        return GenerationStream(self.architecture, plan, ids[0], self.tokenizer,
-                                max_tokens=max_tokens, sampler=sampler, **kwargs)  # fmt: skip
+        return GenerationStream(self.architecture, plan, ids, self.tokenizer, **kwargs)
 
     def generate(self, prompt: Any, *, stream: bool = False, **kwargs: Any) -> Any:
         """Continue `prompt` (text or token ids) by up to `max_tokens`, with edits and captures.
@@ -258,6 +248,15 @@ class InterpretableModel:
         for _ in pieces:
             pass
         return pieces.result()
+
+    def editing(self, edits: Edits) -> AbstractContextManager[None]:
+        """Apply edits to every use of the model: `with model.editing({"layers.3": edit}): ...`.
+
+        In the block `run`, `trace`, `gradients`, `generate` and plain calls of the model have them,
+        before edits of their own, in this thread alone; blocks can be nested. A function of
+        `mx.compile` keeps the edits of its first call, and a stream those of its beginning.
+        """
+        return editing(self.architecture, edits)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)

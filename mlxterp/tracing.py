@@ -15,6 +15,7 @@ from mlxterp.hooks import (
     Key,
     array_arguments,
     first_array,
+    standing,
     stream_argument,
     suspended,
     with_argument,
@@ -31,13 +32,15 @@ Spelling = str | Site
 class EditContext:
     """Where an edit takes place: `positions [S]` are absolute, `mask [B, S]` is True at real
     tokens, `step` counts the generated tokens (0 in the prompt), `phase` is prefill or decode.
-    `positions` is None where a cache was given that does not count its tokens."""
+    `positions` is None where a cache was given that does not count its tokens. `prompt_end` is the
+    position after the prompt, padding included, None where a cache may hold a part of it."""
 
     site: Site
-    positions: mx.array | None
+    positions: mx.array | None = None
     step: int = 0
     phase: str = "prefill"
     mask: mx.array | None = None
+    prompt_end: int | None = None
 
     @property
     def layer(self) -> int | None:
@@ -105,13 +108,16 @@ def make_plan(
     capture: Spelling | Iterable[Spelling] = (),
     edit: Mapping[Any, Edit | Sequence[Edit]] | None = None,
 ) -> Plan:
-    """Resolve every spelling; raises `UnknownSiteError` for a name that no site has."""
+    """Resolve every spelling, and put the edits after those that stand, see `editing`.
+
+    Raises `UnknownSiteError` for a name that no site has.
+    """
     if isinstance(capture, str) or not isinstance(capture, Iterable):
         capture = (capture,)
     if not isinstance(edit, Mapping | None):
         raise TypeError(f"edits must be given as {{site: function}}, not {type(edit).__name__}")
     sites = dict.fromkeys(site for where in capture for site in architecture.expand(where))
-    edits: dict[Site, tuple[Edit, ...]] = {}
+    edits: dict[Site, tuple[Edit, ...]] = dict(standing(architecture) or {})
     for where, functions in (edit or {}).items():
         added = functions if isinstance(functions, (list, tuple)) else (functions,)
         for site in architecture.expand(where):
@@ -132,8 +138,10 @@ class _Visits:
 class Pass:
     """One forward pass after another: its hooks, and what the current one holds."""
 
-    def __init__(self, architecture: Architecture, plan: Plan, stop: bool = False) -> None:
-        self.hooks = Hooks()
+    def __init__(
+        self, architecture: Architecture, plan: Plan, stop: bool = False, stands: bool = False
+    ) -> None:
+        self.hooks = Hooks(architecture, standing=plan.edits if stands else None)
         self._architecture = architecture
         self._plan = plan
         self._stops = stop
@@ -142,16 +150,10 @@ class Pass:
         if stop:
             self._add_stop()
 
-    def begin(
-        self,
-        positions: mx.array | None = None,
-        step: int = 0,
-        phase: str = "prefill",
-        mask: mx.array | None = None,
-    ) -> None:
-        """Forget what the last pass held; the arguments are what edits of the next are told."""
+    def begin(self, **about: Any) -> None:
+        """Forget what the last pass held; edits of the next are told `about` in their context."""
         self.activations: dict[Site, mx.array] = {}
-        self._about = {"positions": positions, "step": step, "phase": phase, "mask": mask}
+        self._about = about
         self._edited: set[Site] = set()
         self._streams: dict[int, mx.array] = {}
         self._calls = 0
@@ -317,7 +319,8 @@ def run(
             "stop=True ends the pass after the last captured site: name it in capture="
         )
     forward = Pass(architecture, plan, stop)
-    forward.begin(_positions(tokens, kwargs.get("cache")) if plan.edits else None, mask=mask)
+    if plan.edits:
+        forward.begin(mask=mask, **placed(tokens, kwargs.get("cache")))
     try:
         output = forward.call(architecture.model, tokens, **kwargs)
     finally:
@@ -325,12 +328,13 @@ def run(
     return Captured(forward.activations, architecture, output, tokens, mask)
 
 
-def _positions(tokens: mx.array, cache: Any) -> mx.array | None:
-    """The absolute positions of `tokens`; None where the cache does not say what it holds."""
-    if tokens.ndim < 2:
-        return None
+def placed(tokens: mx.array, cache: Any) -> dict[str, Any]:
+    """What an `EditContext` says of the places of `tokens`, as far as the cache tells."""
     offset = 0 if cache is None else cache_offset(cache)
-    return None if offset is None else mx.arange(offset, offset + tokens.shape[1])
+    if tokens.ndim < 2 or offset is None:
+        return {}
+    end = offset + tokens.shape[1]
+    return {"positions": mx.arange(offset, end), "prompt_end": end if cache is None else None}
 
 
 def cache_offset(cache: Any) -> int | None:
@@ -382,10 +386,8 @@ def gradients(
     shapes = run(architecture, tokens, plan, mask=mask, **kwargs)
     zeros = [mx.zeros_like(shapes[site]) for site in plan.capture]
     (value, activations), slopes = mx.value_and_grad(forward)(zeros)
-    return Gradients(
-        value,
-        Captured(
-            dict(zip(plan.capture, activations, strict=True)), architecture, None, tokens, mask
-        ),
-        Captured(dict(zip(plan.capture, slopes, strict=True)), architecture, None, tokens, mask),
+    both = (
+        Captured(dict(zip(plan.capture, arrays, strict=True)), architecture, None, tokens, mask)
+        for arrays in (activations, slopes)
     )
+    return Gradients(value, *both)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -107,6 +109,10 @@ class ModelPair:
         """Each token of a text or of token ids as text."""
         return self._first.to_str_tokens(input)
 
+    def decode(self, tokens: Any) -> str:
+        """The text of token ids."""
+        return self._first.decode(tokens)
+
     def site(self, layer: Any, component: str | None = None) -> PairSite:
         """The site `base:layers.3.mlp`, from any spelling of it after the model's name.
 
@@ -143,16 +149,7 @@ class ModelPair:
         The arguments are those of `InterpretableModel.run`. With `stop=True` each pass ends
         after its model's last captured site. Edits are told the site within their model.
         """
-        captures: dict[str, list[Any]] = {}
-        edits: dict[str, dict[Any, Any]] = {}
-        if isinstance(capture, str) or not isinstance(capture, Iterable):
-            capture = (capture,)
-        for site in capture:
-            name, rest = self._split(site)
-            captures.setdefault(name, []).append(rest)
-        for site, function in (edit or {}).items():
-            name, rest = self._split(site)
-            edits.setdefault(name, {})[rest] = function
+        captures, edits = self._sites_by_model(capture), self._edits_by_model(edit)
         asked = [name for name in self.models if name in captures or name in edits]
         runs = {
             name: self.models[name].run(
@@ -162,9 +159,62 @@ class ModelPair:
         }
         return PairCaptured(self, runs)
 
+    @contextmanager
+    def editing(self, edits: Mapping[str, Any]) -> Iterator[None]:
+        """Apply edits to every use of the models that they name; see
+        `InterpretableModel.editing`."""
+        with ExitStack() as stack:
+            for name, own in self._edits_by_model(edits).items():
+                stack.enter_context(self.models[name].editing(own))
+            yield
+
+    def gradients(
+        self, tokens: Any, sites: Any, metric: Any, *, edit: Mapping[str, Any] | None = None
+    ) -> Any:
+        """The derivatives of a metric of one model's logits; see `InterpretableModel.gradients`.
+
+        Raises `ValueError` where sites or edits are of several models.
+        """
+        wanted, edits = self._sites_by_model(sites), self._edits_by_model(edit)
+        name = self._only_model({*wanted, *edits}, "gradients")
+        found = self.models[name].gradients(
+            tokens, wanted.get(name, ()), metric, edit=edits.get(name)
+        )
+        both = {
+            part: PairCaptured(self, {name: getattr(found, part)})
+            for part in ("activations", "gradients")
+        }
+        return replace(found, **both)
+
+    def generate(self, prompt: Any, *, edit: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
+        """What the model that is edited, or else the first, goes on with after a prompt; see
+        `InterpretableModel.generate`. Raises `ValueError` where edits are of several models."""
+        edits = self._edits_by_model(edit)
+        name = self._only_model(edits, "generate")
+        return self.models[name].generate(prompt, edit=edits.get(name), **kwargs)
+
+    def _only_model(self, names: Collection[str], what: str) -> str:
+        if len(names) > 1:
+            raise ValueError(f"{what} is of one model, and sites of {', '.join(names)} are named")
+        return next(iter(names or self.models))
+
     def unembed(self, hidden: mx.array) -> mx.array:
         """The logits of `hidden [..., d_model]` by the first model; see `owner` for another's."""
         return self._first.unembed(hidden)
+
+    def _sites_by_model(self, sites: Any) -> dict[str, list[Any]]:
+        found: dict[str, list[Any]] = {}
+        for site in [sites] if isinstance(sites, str) or not isinstance(sites, Iterable) else sites:
+            name, rest = self._split(site)
+            found.setdefault(name, []).append(rest)
+        return found
+
+    def _edits_by_model(self, edits: Mapping[str, Any] | None) -> dict[str, dict[Any, Any]]:
+        found: dict[str, dict[Any, Any]] = {}
+        for site, function in (edits or {}).items():
+            name, rest = self._split(site)
+            found.setdefault(name, {})[rest] = function
+        return found
 
     def _split(self, site: Any, component: str | None = None) -> tuple[str, Any]:
         name, found, rest = str(site).partition(":")
