@@ -21,7 +21,7 @@ import numpy as np
 
 from mlxterp import InterpretableModel
 from mlxterp.sae import SAE, ActivationDataset
-from mlxterp.sae.collection import BATCH_ENTRIES, collect
+from mlxterp.sae.features.collection import BATCH_ENTRIES, collect
 from mlxterp.sae.harvest import harvest
 
 import mlx.core as mx  # isort: skip

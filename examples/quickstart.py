@@ -64,7 +64,7 @@ def main() -> None:
         f"\nOn held-out text\n  {fidelity}\n  {loss}\n  {100 * dead:.1f}% of the features are dead"
     )
 
-    for feature_id in sae.top_examples(n=5).clearest(5):
+    for feature_id in sae.collect(max_tokens=200_000).clearest(5):
         print(f"\n{sae.visualize_feature(feature_id, top_k=5)}")
 
     feature_id, value = sae.analyze_text("if x is None:\n    raise").by_token[-1][0]

@@ -17,7 +17,7 @@ ORDER = """
 backend version
 sites interventions tokenization hooks probing dataflow architecture loading
 sae.kernels sae.activation_functions sae.files sae.gpu_sources sae.gpu_kernels sae.interrupts
-tracing trace generation analysis
+tracing editing trace generation analysis
 sae.config sae.coder sae.run_state sae.memory sae.demand
 sae.processes sae.parallel
 sae.losses sae.optimizer
@@ -27,7 +27,18 @@ sae.step
 sae.source sae.forward_order sae.model_pair sae.documents sae.dataset_info sae.shards sae.shuffle
 sae.corpus sae.harvest sae.cleaning sae.diversity sae.curation
 sae.store sae.caching sae.serving sae.dataset
-sae.callbacks sae.steering sae.evals sae.analysis sae.connections sae.visualization
+sae.features sae.similarity sae.steering sae.labels
+sae.callbacks sae.visualization sae.steering.places sae.steering.edits sae.evals
+sae.features.display sae.features.examples sae.features.codes sae.features.data
+sae.features.collection sae.features.analysis sae.features.logit_effects sae.features.search
+sae.features.connections
+sae.similarity.directions sae.similarity.nearest sae.similarity.matching sae.similarity.stability
+sae.similarity.clusters sae.similarity.map
+sae.steering.report sae.steering.sweep
+sae.labels.prompts sae.labels.contexts sae.labels.scores sae.labels.labels
+sae.labels.token_tables sae.labels.token_labels
+sae.labels.labelers sae.labels.server sae.labels.questions sae.labels.run sae.labels.labeling
+sae.features.view
 sae.sharing sae.interactions sae.latent_scaling sae.diffing
 sae.run sae.loggers
 sae.trainer

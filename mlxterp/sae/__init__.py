@@ -10,7 +10,7 @@ from mlxterp.sae.dataset import ActivationDataset
 from mlxterp.sae.loggers import JSONLLogger, TensorBoardLogger, TrackioLogger, WandbLogger
 from mlxterp.sae.model_pair import ModelPair
 from mlxterp.sae.sae import SAE, SAETrainer
-from mlxterp.sae.steering import splice
+from mlxterp.sae.steering.edits import splice
 from mlxterp.sae.trainer import TrainingError
 from mlxterp.sae.transcoder import Transcoder, TranscoderTrainer
 

@@ -9,14 +9,17 @@ from typing import Any, ClassVar, Self
 
 import mlx.core as mx
 
-from mlxterp.sae import analysis, collection, connections, evals, feature_data, steering
+from mlxterp.sae import evals
 from mlxterp.sae.coder import Columns, SparseCoder, check_feature
 from mlxterp.sae.config import SAEConfig
 from mlxterp.sae.dataset import ActivationDataset
-from mlxterp.sae.feature_data import FeatureData
+from mlxterp.sae.features import analysis, collection, connections, view
+from mlxterp.sae.features import data as feature_data
+from mlxterp.sae.features.data import FeatureData
 from mlxterp.sae.files import write_directory
 from mlxterp.sae.metadata import Compatibility, Metadata, Statistics, compatibility
 from mlxterp.sae.source import ActivationSource
+from mlxterp.sae.steering import edits as steering
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
@@ -141,11 +144,9 @@ class BaseSAE(SparseCoder):
         Examples are from what `collect` found. Before that a pass over up to 200,000 tokens of the
         `dataset`, or of the training data in its session, is made now.
         """
-        from mlxterp.sae import feature_view
-
         feature_id = check_feature(self, feature_id)
         data = self._collected(model, dataset)
-        return feature_view.view_feature(self, self._model(model), data, feature_id, top_k)
+        return view.view_feature(self, self._model(model), data, feature_id, top_k)
 
     def evaluate(
         self,

@@ -14,7 +14,7 @@ from mlxterp.sae.coder import Columns, SparseCoder
 from mlxterp.sae.dataset import ActivationDataset
 from mlxterp.sae.model_pair import owner
 from mlxterp.sae.source import ActivationSource
-from mlxterp.sae.steering import Edit, splice
+from mlxterp.sae.steering.edits import Edit, splice
 
 BATCH_TOKENS = 4096
 BATCH_ENTRIES = 1 << 28  # of a dense code

@@ -5,7 +5,7 @@ import pytest
 from mlxterp import InterpretableModel
 from mlxterp.sae.coder import Columns, SparseCoder
 from mlxterp.sae.cross_layer import CrossLayerTranscoder
-from mlxterp.sae.steering import splice, steer, steering_edit
+from mlxterp.sae.steering.edits import splice, steer, steering_edit
 from tests.tiny_models import build
 
 AB = Columns(("a", "b"), (2, 3))
@@ -28,11 +28,11 @@ def test_steering_adds_the_strength_times_the_row(shape):
 def test_steering_keeps_the_type_of_the_activation():
     x = mx.zeros((4, 5), mx.bfloat16)
     assert steer(coder(), x, 3, 2.0).dtype == mx.bfloat16
-    assert steering_edit(coder(), 3, 2.0)["b"](x[:, 2:]).dtype == mx.bfloat16
+    assert steering_edit(coder(), 3, 2.0, unit="activation")["b"](x[:, 2:]).dtype == mx.bfloat16
 
 
 def test_an_edit_adds_to_each_site_its_part_of_the_row():
-    edit = steering_edit(coder(), 4, 3.0)
+    edit = steering_edit(coder(), 4, 3.0, unit="activation")
     row = np.array(coder().W_dec)[4]
     assert list(edit) == ["a", "b"]
     np.testing.assert_allclose(np.array(edit["a"](mx.ones((1, 2, 2))))[0, 1], 1 + 3 * row[:2])
@@ -48,7 +48,7 @@ def test_an_unknown_feature_is_refused_before_anything_runs(feature):
 
 
 def test_feature_ids_of_numpy_are_taken():
-    (a, _) = steering_edit(coder(), np.int64(4), 1.0).values()
+    (a, _) = steering_edit(coder(), np.int64(4), 1.0, unit="activation").values()
     np.testing.assert_allclose(np.array(a(mx.zeros((2,)))), np.array(coder().W_dec)[4, :2])
 
 
@@ -61,7 +61,7 @@ def test_another_width_is_an_error():
 
 def test_a_steered_run_of_the_model_has_exactly_the_row_added(sae, model):
     site, tokens = sae.site, mx.array([model.encode("The function returns")])
-    edit = sae.steering_edit(11, 4.0)
+    edit = sae.steering_edit(11, 4.0, unit="activation")
     plain, steered = (
         np.array(model.run(tokens, capture=[site], edit=e)[site]) for e in (None, edit)
     )
@@ -77,7 +77,7 @@ def test_a_steered_generation_differs_and_strength_zero_does_not(sae, model):
     strong = max(range(20), key=lambda i: sae.statistics.firing_rates[i])
 
     def generate(strength):
-        edit = sae.steering_edit(strong, strength)
+        edit = sae.steering_edit(strong, strength, unit="activation")
         return model.generate(prompt, max_tokens=12, edit=edit).text
 
     assert generate(0.0) == plain
@@ -121,16 +121,16 @@ def test_steering_one_site_adds_its_part_of_the_row():
     row = np.array(coder().W_dec)[3]
     found = steer(coder(), mx.ones((4, 3)), 3, 2.0, site="b")
     np.testing.assert_allclose(np.array(found)[1], 1 + 2 * row[2:], rtol=1e-6)
-    assert list(steering_edit(coder(), 3, site="b")) == ["b"]
+    assert list(steering_edit(coder(), 3, unit="activation", site="b")) == ["b"]
     with pytest.raises(ValueError, match=r"\['c'\] are missing; there are \['a', 'b'\]"):
-        steering_edit(coder(), 3, site="c")
+        steering_edit(coder(), 3, unit="activation", site="c")
     with pytest.raises(ValueError, match=r"shape \[\.\.\., 2\], got \(5,\)"):
         steer(coder(), mx.ones((5,)), 3, site="a")
 
 
 def test_a_transcoder_steers_what_it_writes(model):
     made = transcoder("layers.2.mlp_in", "layers.3.mlp_out")
-    edit = steering_edit(made, 7, 4.0)
+    edit = steering_edit(made, 7, 4.0, unit="activation")
     assert list(edit) == ["layers.3.mlp_out"]
     plain, steered = (
         model.run("for x in", capture=["layers.3.mlp_out"], edit=e)["layers.3.mlp_out"]
@@ -141,10 +141,13 @@ def test_a_transcoder_steers_what_it_writes(model):
 
 def test_a_feature_of_a_layer_steers_that_layer_and_later_ones():
     made = cross_layer()
-    assert list(steering_edit(made, 25)) == ["layers.2.mlp_out", "layers.4.mlp_out"]
-    assert list(steering_edit(made, 5)) == list(made.writes.names)
+    assert list(steering_edit(made, 25, unit="activation")) == [
+        "layers.2.mlp_out",
+        "layers.4.mlp_out",
+    ]
+    assert list(steering_edit(made, 5, unit="activation")) == list(made.writes.names)
     x, row = mx.zeros((1, 1, 128)), made.decoder_blocks()[1][25 - 20]
-    found = steering_edit(made, 25, 2.0)["layers.4.mlp_out"](x)
+    found = steering_edit(made, 25, 2.0, unit="activation")["layers.4.mlp_out"](x)
     assert mx.allclose(found[0, 0], 2 * row[128:])
 
 

@@ -10,9 +10,9 @@ import numpy as np
 
 from mlxterp.sae.coder import SparseCoder
 from mlxterp.sae.corpus import Corpus
-from mlxterp.sae.display import pieces
+from mlxterp.sae.features.codes import SparseCodes
+from mlxterp.sae.features.display import pieces
 from mlxterp.sae.source import ActivationSource
-from mlxterp.sae.sparse_codes import SparseCodes
 
 
 @dataclass(frozen=True)

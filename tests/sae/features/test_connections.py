@@ -2,11 +2,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxterp.sae import connections
-from mlxterp.sae.analysis import logit_effects
 from mlxterp.sae.coder import Columns, SparseCoder
-from mlxterp.sae.connections import Connection, input_invariant_weights, reads, writes
 from mlxterp.sae.cross_layer import CrossLayerTranscoder
+from mlxterp.sae.features import connections
+from mlxterp.sae.features.logit_effects import logit_effects
+from mlxterp.sae.features.connections import Connection, input_invariant_weights, reads, writes
 from tests.fakes import FakeSource
 
 WIDTH = 128

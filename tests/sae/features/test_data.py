@@ -6,11 +6,11 @@ import pytest
 from matplotlib.figure import Figure
 
 from mlxterp.sae import ActivationDataset
-from mlxterp.sae.collection import collect
-from mlxterp.sae.feature_data import FeatureData
+from mlxterp.sae.features.collection import collect
+from mlxterp.sae.features.data import FeatureData
 from tests.fakes import SITE, FakeSource
+from tests.sae.features.test_collection import dataset_of, dense_codes, random_coder, same
 from tests.sae.letters import Letters, Words, one_to_one
-from tests.sae.test_collection import dataset_of, dense_codes, random_coder, same
 
 
 def data_of(source: FakeSource, texts, context_length: int = 6, **options) -> FeatureData:

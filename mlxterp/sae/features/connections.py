@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from mlxterp.sae.analysis import check_feature, logit_effects
-from mlxterp.sae.coder import SparseCoder
+from mlxterp.sae.coder import SparseCoder, check_feature
+from mlxterp.sae.features.logit_effects import logit_effects
 from mlxterp.sae.model_pair import owner
 from mlxterp.sae.source import ActivationSource
 from mlxterp.sae.visualization import new_figure
@@ -154,7 +154,7 @@ def writes(
     norm_weights: NormWeights | None = None,
 ) -> Connected:
     """What a feature drives: the features of a later coder, or the tokens of a model, through the
-    model's own head as in `analysis.logit_effects` (of one `site`, where it writes several).
+    model's own head as in `logit_effects` (of one `site`, where it writes several).
 
     For features and `norm_weights` see `input_invariant_weights`.
     """

@@ -7,8 +7,13 @@ import pytest
 
 from mlxterp import InterpretableModel
 from mlxterp.sae import SAE, ActivationDataset
-from mlxterp.sae.analysis import analyze_text, check_feature, collect_examples, logit_effects
 from mlxterp.sae.coder import Columns, SparseCoder
+from mlxterp.sae.features.analysis import (
+    analyze_text,
+    check_feature,
+    collect_examples,
+    logit_effects,
+)
 from mlxterp.sae.model_pair import ModelPair
 from tests.fakes import FIRST, SITE, FakeSource
 
@@ -143,7 +148,7 @@ def test_examples_are_the_same_when_encoded_again_by_hand(sae, model, texts):
 
 def test_examples_of_the_session_are_remembered(sae, monkeypatch):
     five = sae.top_examples(n=5)
-    monkeypatch.setattr("mlxterp.sae.analysis.collect_examples", None)
+    monkeypatch.setattr("mlxterp.sae.features.analysis.collect_examples", None)
     three = sae.top_examples(n=3)
     assert np.array_equal(three.values, five.values[:, :3])
     assert three.of(7) == five.of(7)[:3]

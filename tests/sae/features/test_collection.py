@@ -4,13 +4,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-import mlxterp.sae.collection as collection
+import mlxterp.sae.features.collection as collection
 from mlxterp.sae import SAE, ActivationDataset
 from mlxterp.sae.coder import Columns, SparseCoder
-from mlxterp.sae.collection import collect, fingerprint
 from mlxterp.sae.cross_layer import CrossLayerTranscoder
 from mlxterp.sae.crosscoder import Crosscoder
-from mlxterp.sae.feature_data import FeatureData
+from mlxterp.sae.features.collection import collect, fingerprint
+from mlxterp.sae.features.data import FeatureData
 from mlxterp.sae.transcoder import Transcoder
 from tests.fakes import SITE, FakeSource, counts_passes
 from tests.sae.letters import Letters, one_to_one

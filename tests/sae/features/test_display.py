@@ -2,7 +2,7 @@ import unicodedata
 
 import pytest
 
-from mlxterp.sae.display import pieces, visible
+from mlxterp.sae.features.display import pieces, visible
 
 TEXTS = {
     "html": "<script>alert('&amp;')</script>",

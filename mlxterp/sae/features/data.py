@@ -13,10 +13,10 @@ import numpy as np
 
 from mlxterp.sae.coder import SparseCoder, check_feature
 from mlxterp.sae.corpus import Corpus
-from mlxterp.sae.examples import Example, ExampleReader, Interval
+from mlxterp.sae.features.codes import Measure, SparseCodes, association
+from mlxterp.sae.features.examples import Example, ExampleReader, Interval
 from mlxterp.sae.files import read_arrays, read_json, write_directory
 from mlxterp.sae.source import ActivationSource
-from mlxterp.sae.sparse_codes import Measure, SparseCodes, association
 from mlxterp.sae.visualization import new_axis
 
 if TYPE_CHECKING:
@@ -346,13 +346,14 @@ class FeatureData:
             scale = float(facts["scale"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path / MARKER} does not describe a collection: {error!r}") from None
-        arrays: dict[str, np.ndarray] = {}
+        arrays: dict[str, Any] = {}
         for name, of_file in shapes.items():
             read = read_arrays(path / name, of_file, TYPES)
             arrays |= {key: np.array(array) for key, array in read.items()}
         tokens, owners = arrays.pop("tokens"), arrays.pop("owners")
         names = ("contexts", "positions", "starts", "features", "values")
-        codes = SparseCodes(*(arrays.pop(name) for name in names), scale, coder.n_features)
+        kept = {name: arrays.pop(name) for name in names}
+        codes = SparseCodes(**kept, scale=scale, n_features=coder.n_features)
         arrays["sums"] = arrays["sums"].view(np.float64)
         return cls(
             coder=coder, source=source, settings=settings, codes=codes,

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from mlxterp.sae.sparse_codes import SparseCodes, association
+from mlxterp.sae.features.codes import SparseCodes, association
 
 N_TOKENS, N_FEATURES, LENGTH = 60, 9, 8
 

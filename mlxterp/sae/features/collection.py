@@ -18,11 +18,11 @@ from tqdm.auto import tqdm
 from mlxterp.sae.coder import SparseCoder
 from mlxterp.sae.corpus import Corpus
 from mlxterp.sae.dataset import ActivationDataset
-from mlxterp.sae.feature_data import MARKER, N_BINS, OCTAVES_ABOVE, FeatureData, Settings
+from mlxterp.sae.features.codes import SparseCodes
+from mlxterp.sae.features.data import MARKER, N_BINS, OCTAVES_ABOVE, FeatureData, Settings
 from mlxterp.sae.files import read_json
 from mlxterp.sae.harvest import harvest
 from mlxterp.sae.source import ActivationSource
-from mlxterp.sae.sparse_codes import SparseCodes
 
 BATCH_ENTRIES = 1 << 24  # of a dense code
 WAITING = 1 << 20  # candidates for top examples that wait to be compared
@@ -78,7 +78,7 @@ def collect(
             if found is not None and found.is_complete:
                 return found
             if found is not None:
-                return _finish(_Pass.resumed(found), part, path, verbose)
+                return _finish(_Pass.resumed(found, source), part, path, verbose)
     return _finish(_Pass(coder, source, corpus, settings), part, path, verbose)
 
 
@@ -96,11 +96,12 @@ def _part(corpus: Corpus, max_tokens: int | None) -> Corpus:
 
 def fingerprint(coder: SparseCoder) -> str:
     """16 hexadecimal digits that tell a coder by its arrays."""
-    digest, arrays = hashlib.sha256(), tree_flatten(coder.parameters())
+    digest = hashlib.sha256()
+    arrays: Any = tree_flatten(coder.parameters())
     for name, array in sorted(arrays):
-        bits: Any = np.array(array.view(mx.uint8) if array.ndim else array.astype(mx.float32))
+        bits = np.array(array.view(mx.uint8) if array.ndim else array.astype(mx.float32))
         digest.update(f"{name} {array.shape} {array.dtype}".encode())
-        digest.update(np.ascontiguousarray(bits))
+        digest.update(bits.tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -157,9 +158,9 @@ class _Pass:
         self._kept: list[tuple[np.ndarray, ...]] = []
 
     @classmethod
-    def resumed(cls, found: FeatureData) -> _Pass:
+    def resumed(cls, found: FeatureData, source: ActivationSource) -> _Pass:
         """A pass that goes on where another one was when it saved its result."""
-        running = cls(found.coder, found.source, found.corpus, found.settings)
+        running = cls(found.coder, source, found.corpus, found.settings)
         running.done, running.n_tokens = found.n_contexts, found.n_tokens
         running.scale, running._limit = found.codes.scale, found.rank_limit
         running.counts, running.sums = found.firing_counts, found.sums
@@ -191,7 +192,7 @@ class _Pass:
         """Dense codes `[n, n_features]` of some rows at a time, and the positions of these rows."""
         size = max(1, BATCH_ENTRIES // self.coder.n_features)
         # One batch ahead, so that the device computes while the one before it is looked at.
-        waiting = None
+        waiting: Any = None
         for start in range(0, len(positions), size):
             part = slice(start, start + size)
             z = self.coder.encode(activations[part]).astype(mx.float32)

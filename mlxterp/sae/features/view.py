@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlxterp.sae.coder import SparseCoder, check_feature
-from mlxterp.sae.display import visible
-from mlxterp.sae.examples import Example, Interval
-from mlxterp.sae.feature_data import CoActive, FeatureData
-from mlxterp.sae.logit_effects import LogitEffects, logit_effects
-from mlxterp.sae.similarity import nearest
+from mlxterp.sae.features.data import CoActive, FeatureData
+from mlxterp.sae.features.display import visible
+from mlxterp.sae.features.examples import Example, Interval
+from mlxterp.sae.features.logit_effects import LogitEffects, logit_effects
+from mlxterp.sae.similarity.nearest import Neighbour, nearest
 from mlxterp.sae.source import ActivationSource
 from mlxterp.sae.visualization import new_axis, render
 
@@ -46,7 +46,7 @@ class FeatureView:
     intervals: tuple[Interval, ...]
     random: tuple[Example, ...]
     logits: LogitEffects | None
-    similar: tuple[tuple[int, float], ...]
+    similar: tuple[Neighbour, ...]
     co_active: tuple[CoActive, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class FeatureView:
         }
 
     def __repr__(self) -> str:
-        label = "" if self.label is None else f": {self.label}"
+        label = "" if self.label is None else f": {visible(self.label)}"
         lines = [f"Feature {self.feature_id}{label}"]
         if not self.examples:
             return "\n".join([*lines, *self._effects(), "  not active on any of these tokens"])
@@ -150,7 +150,6 @@ def view_feature(
 ) -> FeatureView:
     """Gather what `FeatureView` shows, with up to `top_k` examples and neighbours."""
     feature_id = check_feature(coder, feature_id)
-    near = nearest(coder, feature_id, top_k=top_k)
     return FeatureView(
         feature_id=feature_id,
         label=label,
@@ -163,7 +162,7 @@ def view_feature(
         intervals=data.intervals(feature_id, 5, 2),
         random=data.examples(feature_id, 3, "random"),
         logits=logit_effects(coder, source, feature_id) if _writes_stream(coder, source) else None,
-        similar=near,
+        similar=nearest(coder, feature_id, top_k=top_k).found,
         co_active=data.co_active(feature_id, top_k),
     )
 

@@ -1,7 +1,7 @@
 import numpy as np
 
 from mlxterp.sae import ActivationDataset
-from mlxterp.sae.collection import collect
+from mlxterp.sae.features.collection import collect
 from tests.fakes import SITE
 from tests.sae.letters import Letters, one_to_one
 

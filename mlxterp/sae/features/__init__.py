@@ -1,0 +1,1 @@
+"""What features respond to and what they do."""

@@ -1,0 +1,1 @@
+"""Names for features, and how well they hold."""

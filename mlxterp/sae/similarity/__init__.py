@@ -1,0 +1,1 @@
+"""Which features are alike, within a coder and between coders."""
