@@ -2,7 +2,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxterp.sae.coder import Columns, SparseCoder
+from mlxterp.sae.coder import Columns, SparseCoder, check_feature
 from tests.sae.kinds import KINDS, dense_decoder, dense_encoder, make
 
 AB = Columns(("a", "b"), (2, 3))
@@ -189,3 +189,13 @@ def test_a_code_of_numpy_is_decoded():
     z = np.eye(20, dtype=np.float32)
     found = random_coder().decode(z)
     assert isinstance(found, mx.array) and mx.array_equal(found, random_coder().decode(mx.array(z)))
+
+
+@pytest.mark.parametrize("feature", [-1, 20, 10**6, 1.5, True])
+def test_an_unknown_feature_is_an_error_with_the_range(feature):
+    with pytest.raises(ValueError, match=rf"feature_id must be in \[0, 19\], got {feature}"):
+        check_feature(random_coder(), feature)
+
+
+def test_feature_ids_of_numpy_are_taken():
+    assert check_feature(random_coder(), np.int64(5)) == 5

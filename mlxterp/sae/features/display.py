@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from mlxterp.sae.source import ActivationSource
 
@@ -40,6 +40,22 @@ def visible(text: str) -> str:
     """The text with a sign in the place of each character that would not be seen, or that would
     change how what follows it is seen, such as the direction of writing."""
     return "".join(_visible(character) for character in text)
+
+
+def strip(
+    tokens: Sequence[str], scores: Sequence[float], titles: Sequence[str] | None = None
+) -> list[tuple[str, float, str]]:
+    """A text in parts: as it is shown, the score of the part, and a title. Tokens that make up a
+    character together are one part."""
+    titles = [f"{score:.3f}" for score in scores] if titles is None else titles
+    parts: list[tuple[str, float, str]] = []
+    for token, score, title in zip(tokens, scores, titles, strict=True):
+        if token or not parts:
+            parts.append((visible(token), score, title))
+        else:
+            shown, largest, before = parts[-1]
+            parts[-1] = (shown, max(largest, score, key=abs), f"{before}; {title}")
+    return parts
 
 
 def _visible(character: str) -> str:

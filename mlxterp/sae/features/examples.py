@@ -11,7 +11,7 @@ import numpy as np
 from mlxterp.sae.coder import SparseCoder
 from mlxterp.sae.corpus import Corpus
 from mlxterp.sae.features.codes import SparseCodes
-from mlxterp.sae.features.display import pieces
+from mlxterp.sae.features.display import LONGEST_CHARACTER, pieces
 from mlxterp.sae.source import ActivationSource
 
 
@@ -39,15 +39,20 @@ class Example:
 
     @property
     def token(self) -> str:
-        """The token at the peak."""
-        return self.tokens[self.peak]
+        """The text of the token at the peak, or of the character of which it is a part."""
+        return self.tokens[self.marked]
+
+    @property
+    def marked(self) -> int:
+        """The index of the token that has this text."""
+        return next((i for i in range(self.peak, -1, -1) if self.tokens[i]), self.peak)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain values."""
         return asdict(self)
 
     def __repr__(self) -> str:
-        marked = (f"«{t}»" if i == self.peak else t for i, t in enumerate(self.tokens))
+        marked = (f"«{t}»" if i == self.marked else t for i, t in enumerate(self.tokens))
         return f"{self.value:6.2f}  {''.join(marked)!r}"
 
 
@@ -118,11 +123,20 @@ class ExampleReader:
     def _example(self, position: int, values: np.ndarray, before: int, after: int) -> Example:
         context, column = divmod(position, self.corpus.context)
         documents = self.corpus.documents(context)
-        near = np.arange(max(0, column - before), min(len(documents), column + after + 1))
-        shown = near[documents[near] == documents[column]]
+        start = max(0, column - before - LONGEST_CHARACTER)
+        near = documents[start : column + after + 1 + LONGEST_CHARACTER]
+        own = start + np.flatnonzero(near == documents[column])
+        text = pieces(self._model, self.corpus.tokens[context, own].tolist())
+        first, end = np.searchsorted(own, [column - before, column + after + 1]).tolist()
+        # Of a character at either end all tokens are shown.
+        while not text[first] and first > 0:
+            first -= 1
+        while end < len(own) and not text[end]:
+            end += 1
+        shown = own[first:end]
         ids = self.corpus.tokens[context, shown].tolist()
         return Example(
-            tokens=pieces(self._model, ids),
+            tokens=text[first:end],
             values=tuple(values[shown].tolist()),
             peak=int(np.searchsorted(shown, column)),
             ids=tuple(ids),

@@ -9,9 +9,9 @@ import numpy as np
 
 from mlxterp.sae.coder import SparseCoder, check_feature
 from mlxterp.sae.features.data import CoActive, FeatureData
-from mlxterp.sae.features.display import visible
+from mlxterp.sae.features.display import strip, visible
 from mlxterp.sae.features.examples import Example, Interval
-from mlxterp.sae.features.logit_effects import LogitEffects, logit_effects
+from mlxterp.sae.features.logit_effects import LogitEffects, logit_effects, writes_stream
 from mlxterp.sae.similarity.nearest import Neighbour, nearest
 from mlxterp.sae.source import ActivationSource
 from mlxterp.sae.visualization import new_axis, render
@@ -123,21 +123,7 @@ class FeatureView:
             (int(n), low, high, 100 * n / tallest)
             for n, low, high in zip(counts.tolist(), edges, edges[1:], strict=False)
         ]
-        return render("feature.html", view=self, bars=bars, visible=visible, strip=strip)
-
-
-def strip(example: Example) -> list[tuple[str, str, float, bool]]:
-    """The text of an example in parts: as it is shown, the values on it, the largest of them, and
-    whether it holds the peak. Tokens that make up a character together are one part."""
-    parts: list[tuple[str, str, float, bool]] = []
-    for i, (token, value) in enumerate(zip(example.tokens, example.values, strict=True)):
-        if token or not parts:
-            parts.append((visible(token), f"{value:.3f}", value, i == example.peak))
-        else:
-            shown, values, largest, peak = parts[-1]
-            largest = max(largest, value, key=abs)
-            parts[-1] = shown, f"{values}, {value:.3f}", largest, peak or i == example.peak
-    return parts
+        return render("feature.html", view=self, bars=bars, visible=visible, parts=_parts)
 
 
 def view_feature(
@@ -161,11 +147,14 @@ def view_feature(
         examples=data.examples(feature_id, top_k),
         intervals=data.intervals(feature_id, 5, 2),
         random=data.examples(feature_id, 3, "random"),
-        logits=logit_effects(coder, source, feature_id) if _writes_stream(coder, source) else None,
+        logits=logit_effects(coder, source, feature_id) if writes_stream(coder, source) else None,
         similar=nearest(coder, feature_id, top_k=top_k).found,
         co_active=data.co_active(feature_id, top_k),
     )
 
 
-def _writes_stream(coder: SparseCoder, source: ActivationSource) -> bool:
-    return set(coder.writes.widths) == {getattr(source, "d_model", None)}
+def _parts(example: Example) -> list[tuple[str, float, str, bool]]:
+    """The parts of an example's text, and whether each holds its peak."""
+    parts = strip(example.tokens, example.values)
+    peak = sum(map(bool, example.tokens[: example.marked + 1])) - 1
+    return [(*part, i == peak) for i, part in enumerate(parts)]

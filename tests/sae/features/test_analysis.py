@@ -1,23 +1,29 @@
 import copy
-from collections import Counter
+import io
+import re
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from mlxterp import InterpretableModel
-from mlxterp.sae import SAE, ActivationDataset
-from mlxterp.sae.coder import Columns, SparseCoder
-from mlxterp.sae.features.analysis import (
-    analyze_text,
-    check_feature,
-    collect_examples,
-    logit_effects,
-)
+from mlxterp.sae import SAE
+from mlxterp.sae.coder import Columns
+from mlxterp.sae.features import analysis as module
+from mlxterp.sae.features.analysis import analyze_text
+from mlxterp.sae.features.attribution import direct_effects, total_effects
 from mlxterp.sae.model_pair import ModelPair
 from tests.fakes import FIRST, SITE, FakeSource
+from tests.sae.features import coders
+from tests.sae.features.coders import of_sites
 
 TEXT = "The for statement iterates over the elements of a sequence."
+SHORT = "class Node(object)"
+TEXTS = ["aab", "b", "abc", "cc"]
+# Tags, an emoji of two characters, letters written from the right, marks that turn the direction of
+# writing, controls, and characters that the tokenizer splits into bytes.
+NASTY = "<script>alert('x')</script> 👍🏽 שלום \u202eabc\u202c \x07\x1b[2J\r\n &amp; 漢字 $x_1^2$"
 
 
 def codes_by_hand(sae, model, tokens) -> np.ndarray:
@@ -37,6 +43,10 @@ class Letters(FakeSource):
         for letter, value in values.items():
             table[FIRST + ord(letter) - ord(" "), "abcdef".index(letter)] = value
         self.table = mx.array(table)
+
+    def run(self, tokens, **options):
+        longest = max(map(len, tokens))
+        return super().run([[*row, *[0] * (longest - len(row))] for row in tokens], **options)
 
 
 def one_to_one(k: int = 6) -> SAE:
@@ -73,10 +83,13 @@ def test_top_features_have_the_largest_values_in_the_text(sae, model):
 
 def test_an_analysis_can_be_read_and_saved(sae):
     analysis = sae.analyze_text(text=TEXT)
+    assert isinstance(analysis.plot(), Figure)
     assert len(repr(analysis).splitlines()) == 1 + len(analysis.tokens)
     plain = analysis.to_dict()
     assert plain["tokens"] == list(analysis.tokens) and len(plain["top"]) == 10
-    assert set(plain["top"][0]) == {"feature_id", "value", "position", "token"}
+    assert plain["top"][0]["score"] == plain["top"][0]["value"] == analysis.top[0].value
+    assert len(plain["top"][0]["scores"]) == len(analysis.tokens)
+    assert plain["targets"] == [] and plain["rank_by"] == "activation"
 
 
 def test_top_k_beyond_the_number_of_features_lists_all_that_are_active():
@@ -96,127 +109,250 @@ def test_a_coder_without_a_model_asks_for_one():
     assert one_to_one().analyze_text("abc", model=Letters(a=1)).top[0].feature_id == 0
 
 
-def test_examples_are_the_strongest_positions_one_of_each_context():
-    texts = ["axbxc", "aaaaa", "ccccc", "cabba"]
-    dataset = ActivationDataset.from_texts(Letters(a=3, b=2), texts, SITE, context_length=6)
-    examples = collect_examples(one_to_one(), dataset, n=3)
-    # Each context holds one text: `a` is in three of them, `b` in two, `c` has no value.
-    assert examples.values[0].tolist() == [3, 3, 3]
-    assert sorted(p // 6 for p in examples.positions[0]) == [0, 1, 3]
-    assert examples.values[1].tolist() == [2, 2, 0]
-    assert not examples.values[2:].any()
-    assert [e.token for e in examples.of(0)] == ["a"] * 3
-    assert [e.token for e in examples.of(1)] == ["b"] * 2
-    assert examples.of(2) == ()
+def test_codes_are_those_of_each_token_and_none_of_special_ones(sae, model):
+    codes = sae.encode_text(model, TEXT)
+    expected = codes_by_hand(sae, model, [model.encode(TEXT)])[0]
+    assert not np.array(codes)[0].any() and expected[0].any()
+    np.testing.assert_allclose(np.array(codes)[1:], expected[1:], rtol=2e-3, atol=2e-3)
+    for again in (
+        sae.encode_text(TEXT),
+        sae.encode_text(text=TEXT),
+        sae.encode_text(model=model, text=TEXT),
+    ):
+        assert mx.array_equal(again, codes)
+    bare = SAE(sae.reads, sae.writes, sae.n_features, k=8)
+    bare.update(sae.parameters())
+    assert mx.array_equal(bare.encode_text(model, TEXT), codes)
+    with pytest.raises(ValueError, match=r"pass model="):
+        bare.encode_text(TEXT)
 
 
-def test_an_example_shows_its_own_document_and_marks_the_peak():
-    texts = ["zzzz", "xyaxa", "aa"]
-    dataset = ActivationDataset.from_texts(Letters(a=3), texts, SITE, context_length=16)
-    (example,) = collect_examples(one_to_one(), dataset, n=2).of(0)
-    assert "".join(example.tokens) in ("xyaxa", "aa")
-    assert (example.token, example.value) == ("a", 3.0)
-    assert example.values == tuple(3.0 * (token == "a") for token in example.tokens)
-    assert "«a»" in repr(example)
-
-
-def test_the_window_is_cut_at_its_ends():
-    text = "0123456789" * 2 + "a" + "0123456789" * 2
-    dataset = ActivationDataset.from_texts(Letters(a=3), [text], SITE, context_length=64)
-    (example,) = collect_examples(one_to_one(), dataset, n=1).of(0, window=4)
-    assert "".join(example.tokens) == "6789a01" and example.peak == 4
-
-
-def test_examples_are_the_same_when_encoded_again_by_hand(sae, model, texts):
-    dataset = ActivationDataset.from_texts(
-        model, texts[:6], "layers.2.resid_post", context_length=64
-    )
-    examples = sae.top_examples(dataset=dataset, n=4)
-    tokens, documents = dataset.corpus.tokens, dataset.corpus.documents()
-    codes = codes_by_hand(sae, model, tokens)
-    codes[documents < 0] = 0
-    strongest = -np.sort(-codes.max(axis=1), axis=0)[:4].T
-    np.testing.assert_allclose(examples.values, strongest, rtol=2e-3, atol=2e-3)
-    flat = codes.reshape(-1, sae.n_features)
-    for feature in range(0, sae.n_features, 17):
-        at = examples.positions[feature][examples.values[feature] > 0]
+def test_texts_of_unequal_length_have_the_codes_that_each_has_alone(sae, model, monkeypatch):
+    monkeypatch.setattr(module, "TOKENS_PER_PASS", 40)
+    texts = ["def f", TEXT, "x", TEXT + TEXT, SHORT]
+    found = sae.encode_text(model, texts)
+    assert [len(codes) for codes in found] == [len(model.encode(text)) for text in texts]
+    for codes, text in zip(found, texts, strict=True):
         np.testing.assert_allclose(
-            flat[at, feature], examples.values[feature][: len(at)], rtol=2e-3, atol=2e-3
+            np.array(codes), np.array(sae.encode_text(text)), rtol=2e-3, atol=2e-3
         )
-        assert len(set(at // 64)) == len(at)
 
 
-def test_examples_of_the_session_are_remembered(sae, monkeypatch):
-    five = sae.top_examples(n=5)
-    monkeypatch.setattr("mlxterp.sae.features.analysis.collect_examples", None)
-    three = sae.top_examples(n=3)
-    assert np.array_equal(three.values, five.values[:, :3])
-    assert three.of(7) == five.of(7)[:3]
+def test_features_are_ranked_by_size_where_values_may_be_negative():
+    coder = SAE(Columns((SITE,), (6,)), Columns((SITE,), (6,)), 6, "abs_topk", k=6)
+    coder.W_enc = coder.W_dec = mx.eye(6)
+    analysis = analyze_text(coder, Letters(a=3, b=-4), "ab")
+    assert [(f.feature_id, f.value) for f in analysis.top] == [(1, -4), (0, 3)]
+    assert analysis.by_token[1:] == (((0, 3.0),), ((1, -4.0),))
 
 
-class Words(Letters):
-    """Each token is a word of its own, such as ` aa`."""
-
-    def to_str_tokens(self, input):
-        return [f" {piece * 2}" for piece in super().to_str_tokens(input)]
-
-
-def examples_of(source: FakeSource):
-    texts = ["xaax", "xbx", "xcx", "xabcx"]
-    dataset = ActivationDataset.from_texts(source, texts, SITE, context_length=6)
-    coder = one_to_one()
-    # Feature 3 follows the first word as well, more weakly; features 4 and 5 follow none.
-    coder.W_enc = mx.array(np.eye(6, dtype=np.float32) + 0.5 * np.outer(np.eye(6)[3], np.eye(6)[0]))
-    return collect_examples(coder, dataset, n=2)
-
-
-def test_the_clearest_features_peak_on_one_word_each():
-    examples = examples_of(Words(a=3, b=2, c=5))
-    assert examples.clearest(5) == [2, 0, 1]
-    assert examples.clearest(1) == [2]
+def test_several_texts_are_ranked_over_all_of_them():
+    found = analyze_text(one_to_one(), Letters(a=3, b=2, c=5), TEXTS)
+    assert [analysis.tokens[1:] for analysis in found] == [tuple(text) for text in TEXTS]
+    assert found[2] == found.texts[2] and len(found) == 4
+    best = [(f.feature_id, f.score, f.n_texts, f.token) for f in found.top]
+    assert best == [(2, 5, 2, "c"), (0, 3, 2, "a"), (1, 2, 3, "b")]
+    assert [f.feature_id for f in found.shared] == [1, 2, 0]
+    assert (found.top[0].text, found.top[0].position) == (2, 3)
+    for n, text in enumerate(TEXTS):
+        alone = analyze_text(one_to_one(), Letters(a=3, b=2, c=5), text)
+        assert found[n].by_token == alone.by_token
+    plain = found.to_dict()
+    assert len(plain["texts"]) == 4 and plain["shared"][0]["n_texts"] == 3
+    assert "  3 of 4, largest in text 0: feature 1: 2.000 at 3 'b'" in repr(found)
+    html = found._repr_html_()
+    assert html.count("<details>") == 4 and html.count("<div") == html.count("</div>")
 
 
-def test_parts_of_words_are_not_clear():
-    assert examples_of(Letters(a=3, b=2, c=5)).clearest(5) == []
+def test_labels_are_shown_beside_their_features():
+    labels = {0: "the letter a", 5: "never"}
+    analysis = analyze_text(one_to_one(), Letters(a=3, b=2), "ab", labels=labels)
+    assert [f.label for f in analysis.top] == ["the letter a", None]
+    assert repr(analysis).endswith("\n         0  the letter a")
+    assert "the letter a" in analysis._repr_html_() and "never" not in analysis._repr_html_()
 
 
-def test_clear_features_of_the_bundled_model_have_examples(sae):
-    examples = sae.top_examples(n=5)
-    words = []
-    for feature in examples.clearest(3):
-        shown = examples.of(feature)
-        assert len(shown) == 5
-        words.append(Counter(e.token.strip().lower() for e in shown).most_common(1)[0][0])
-    assert len(set(words)) == 3 and all(word.isalpha() for word in words)
+def test_a_text_on_which_nothing_fires_says_so():
+    analysis = analyze_text(one_to_one(), Letters(), "abc")
+    assert analysis.top == () and analysis.by_token == ((),) * 4
+    assert "No feature is active" in analysis._repr_html_()
+    assert isinstance(analysis.plot(), Figure)
 
 
-def test_examples_need_text():
-    arrays = ActivationDataset.from_activations(np.ones((5, 6), np.float32))
-    with pytest.raises(ValueError, match="dataset made from texts"):
-        collect_examples(one_to_one(), arrays)
+@pytest.mark.parametrize("kind", coders.KINDS)
+def test_total_effects_are_finite_differences_of_the_forward_pass(model, kind):
+    made, ids = coders.make(kind), model.encode(SHORT)
+    target, last = 42, len(ids) - 2
+    slopes, targets = total_effects(made, model, ids, target, last)
+    assert targets == [target] * len(ids)
+    slopes = np.array(slopes)
+    assert slopes.shape == (len(ids), made.n_features)
+    assert not slopes[-1].any()  # what comes later changes nothing
+    for position, feature in ((1, 4), (2, 30), (last, 4), (last, 25)):
+        change = coders.by_differences(made, model, ids, feature, position)[last]
+        expected = change[target] - change.mean()
+        assert slopes[position, feature] == pytest.approx(expected, rel=0.01, abs=2e-3)
 
 
-def test_logit_effects_are_those_of_the_models_own_norm_and_embedding(sae, model):
-    feature = 7
-    row = np.array(sae.W_dec[feature], np.float64)
-    norm = model.model.model.norm
-    normed = row / np.sqrt(np.mean(row**2) + norm.eps) * np.array(norm.weight, np.float64)
-    logits = np.array(model.model.model.embed_tokens.weight, np.float64) @ normed
-    effects = logit_effects(sae, model, feature, top_k=6)
-    order = np.argsort(-logits)
-    for found, expected in ((effects.top, order[:6]), (effects.bottom, order[::-1][:6])):
-        assert [value for _, value in found] == pytest.approx(logits[expected], rel=1e-3)
-        assert [token for token, _ in found] == model.to_str_tokens(expected.tolist())
+@pytest.mark.parametrize("kind", coders.KINDS)
+def test_direct_effects_are_finite_differences_past_the_layers(model, kind):
+    made, ids = coders.make(kind), model.encode(SHORT)
+    slopes, targets = direct_effects(made, model, ids)
+    predicted = np.array(model.run(mx.array([ids])).output[0]).argmax(axis=-1)
+    assert targets == predicted.tolist()
+    for position, feature in ((1, 4), (3, 30), (len(ids) - 1, 25)):
+        change = coders.past_the_layers(made, model, ids, feature, position)[position]
+        expected = change[targets[position]] - change.mean()
+        assert float(slopes[position, feature]) == pytest.approx(expected, rel=0.01, abs=2e-3)
 
 
-@pytest.mark.parametrize("feature", [-1, 6, 10**6, 1.5])
-def test_an_unknown_feature_is_an_error_with_the_range(feature):
-    with pytest.raises(ValueError, match=rf"feature_id must be in \[0, 5\], got {feature}"):
-        check_feature(one_to_one(), feature)
+def test_after_the_last_layer_both_effects_are_the_same(model):
+    last = (f"layers.{model.n_layers - 1}.resid_post",)
+    made, ids = of_sites(last, last), model.encode(SHORT)
+    total, _ = total_effects(made, model, ids)
+    direct, _ = direct_effects(made, model, ids)
+    np.testing.assert_allclose(np.array(total[-1]), np.array(direct[-1]), rtol=1e-3, atol=1e-5)
+    assert not np.array(total[:-1]).any()
 
 
-def test_feature_ids_of_numpy_are_taken():
-    assert check_feature(one_to_one(), np.int64(5)) == 5
+@pytest.mark.parametrize("kind", coders.KINDS)
+@pytest.mark.parametrize("rank_by", ["logit_effect", "attribution"])
+def test_scores_are_values_times_effects(model, kind, rank_by):
+    made, ids = coders.make(kind), model.encode(SHORT)
+    values = np.array(module.encode_text(made, model, SHORT))
+    effects = direct_effects if rank_by == "logit_effect" else total_effects
+    slopes, targets = effects(made, model, ids, " x")
+    expected = values * np.array(slopes)
+    analysis = analyze_text(made, model, SHORT, top_k=5, rank_by=rank_by, target=" x")
+    assert set(analysis.targets) == {" x"} and len(set(targets)) == 1
+    assert (analysis.position is None) == (rank_by == "logit_effect")
+    for row, listed in zip(expected, analysis.by_token, strict=True):
+        order = [i for i in np.argsort(-np.abs(row))[:5].tolist() if row[i]]
+        assert [i for i, _ in listed] == order
+        assert [score for _, score in listed] == pytest.approx(row[order], rel=1e-3)
+    top = analysis.top[0]
+    assert abs(top.score) == pytest.approx(np.abs(expected).max(), rel=1e-3)
+    assert top.value == pytest.approx(values[top.position, top.feature_id], rel=1e-3)
+    assert top.scores == pytest.approx(expected[:, top.feature_id], rel=1e-3, abs=1e-6)
+
+
+def test_attribution_tells_what_ablating_a_feature_does(sae, model):
+    """To first order, for the features that matter most at the last token."""
+    ids = model.encode(SHORT)
+    analysis = sae.analyze_text(SHORT, rank_by="attribution", top_k=5)
+    (target,) = set(analysis.targets)
+    chosen = int(model.run(mx.array([ids])).output[0, -1].argmax())
+    assert target == model.to_str_tokens([chosen])[0]
+
+    def centred(edit) -> float:
+        logits = model.run(mx.array([ids]), edit=edit).output[0, -1]
+        return float(logits[chosen] - logits.mean())
+
+    for feature in analysis.top:
+        edit = sae.steering_edit(
+            {feature.feature_id: 0.9}, mode="scale", positions=[feature.position]
+        )
+        change = centred(edit) - centred(None)
+        assert change == pytest.approx(-0.1 * feature.score, rel=0.1, abs=2e-3)
+
+
+def test_the_target_and_what_it_follows_are_told(sae, model):
+    attributed = sae.analyze_text(SHORT, rank_by="attribution", target=" self", position=2)
+    assert attributed.position == 2
+    after = attributed.tokens[2]
+    title = f"features (effect on the logit of ' self' after {after!r})"
+    assert repr(attributed).splitlines()[0].endswith(title)
+    negative = sae.analyze_text(
+        SHORT, rank_by="attribution", target=" self", position=2 - len(attributed.tokens)
+    )
+    assert negative == attributed
+    direct = sae.analyze_text(SHORT, rank_by="logit_effect")
+    predicted = np.array(model.run(mx.array([model.encode(SHORT)])).output[0]).argmax(axis=-1)
+    assert direct.targets == tuple(model.to_str_tokens(predicted.tolist()))
+    assert repr(direct.targets[-1]) in repr(direct).splitlines()[-1]
+    assert "effect +" in direct._repr_html_() or "effect -" in direct._repr_html_()
+    assert repr(direct.top[0]).startswith(f"feature {direct.top[0].feature_id}: ")
+    assert ", value " in repr(direct.top[0])
+
+
+@pytest.mark.parametrize("rank_by", ["logit_effect", "attribution"])
+def test_of_two_models_one_site_is_to_be_named(model, pair, rank_by):
+    sites = pair.sites_of("layers.2.resid_post")
+    made = of_sites(sites, sites)
+    with pytest.raises(ValueError, match=r"site="):
+        analyze_text(made, pair, SHORT, rank_by=rank_by)
+    analysis = analyze_text(made, pair, SHORT, rank_by=rank_by, target=7, site=sites[1])
+    ids, tuned = model.encode(SHORT), pair.models["tuned"]
+    alone = of_sites(("layers.2.resid_post",), ("layers.2.resid_post",))
+    alone.W_dec = made.W_dec[:, 128:]
+    effects = direct_effects if rank_by == "logit_effect" else total_effects
+    slopes = np.array(effects(alone, tuned, ids, 7)[0])
+    values = np.array(module.encode_text(made, pair, SHORT))
+    assert abs(analysis.top[0].score) == pytest.approx(np.abs(values * slopes).max(), rel=1e-3)
+
+
+def test_direct_effects_need_rows_of_the_streams_width(model):
+    columns = Columns(("layers.2.mlp.gate_proj",), (384,))
+    made = coders.filled(SAE(columns, columns, 9, k=2))
+    with pytest.raises(ValueError, match="use rank_by='attribution'"):
+        analyze_text(made, model, SHORT, rank_by="logit_effect")
+    assert analyze_text(made, model, SHORT, rank_by="attribution").top
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank_by": "size"}, "rank_by must be one of .*, got 'size'"),
+        ({"top_k": 0}, "top_k must be 1 or more, got 0"),
+        ({"target": " x"}, "target is for rank_by='logit_effect' or 'attribution'"),
+        ({"rank_by": "attribution", "target": "a longer text"}, r"target must be one token, and"),
+        ({"rank_by": "attribution", "target": ""}, r"'' is 0: \[\]"),
+        ({"rank_by": "attribution", "target": 4096}, r"target must be in \[0, 4095\], got 4096"),
+        ({"rank_by": "attribution", "position": 99}, r"position must be in \[-\d, \d\], got 99"),
+        ({"rank_by": "attribution", "site": "layers.9.mlp"}, r"The sites \['layers.9.mlp'\] are"),
+    ],
+)
+def test_bad_arguments_are_errors(sae, options, message):
+    with pytest.raises(ValueError, match=message):
+        sae.analyze_text(SHORT, **options)
+
+
+def test_an_unknown_target_lists_the_tokens_that_it_would_be(sae, model):
+    parts = [i for i in model.encode("a longer text") if i not in model.special_token_ids]
+    with pytest.raises(ValueError, match=re.escape(f"{model.to_str_tokens(parts)}")):
+        sae.analyze_text(SHORT, rank_by="attribution", target="a longer text")
+
+
+@pytest.mark.parametrize("rank_by", ["activation", "logit_effect", "attribution"])
+def test_nasty_text_is_shown_safely(sae, rank_by):
+    labels = dict.fromkeys(range(sae.n_features), "<img onerror=x> \u202eback\n")
+    analysis = sae.analyze_text(NASTY, rank_by=rank_by, labels=labels, top_k=3)
+    assert "".join(analysis.tokens[1:]) == NASTY  # no character is lost or shown twice
+    assert all(line.isprintable() for line in repr(analysis).splitlines())
+    assert len(repr(analysis).splitlines()) == 1 + len(analysis.tokens) + 3
+    html = analysis._repr_html_()
+    for bad in ("<script", "<img", "\u202e", "\x07", "\x1b", "\ufffd", "</script"):
+        assert bad not in html
+    for good in ("&lt;", "שלום"[0], "漢", "字", "👍", r"\u202e", "␇", "&amp;"):
+        assert good in html
+    assert html.count("<bdi") == html.count("</bdi>") and html.count("<div") == html.count("</div>")
+    assert all(f.token for f in analysis.top)
+
+
+def test_tokens_that_look_like_formulas_are_plotted_as_they_are():
+    figure = analyze_text(one_to_one(), Letters(a=3, b=2), "a$_b$^").plot()
+    figure.savefig(io.BytesIO(), format="svg")
+    names = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert names == ["<s>", "a", r"\$", "_", "b", r"\$", "^"]
+
+
+def test_html_shades_tokens_by_size_and_sign():
+    coder = SAE(Columns((SITE,), (6,)), Columns((SITE,), (6,)), 6, "abs_topk", k=6)
+    coder.W_enc = coder.W_dec = mx.eye(6)
+    html = analyze_text(coder, Letters(a=2, b=-4), "abz")._repr_html_()
+    shades = re.findall(r"rgba\((\d+), \d+, \d+, ([\d.]+)\)", html)[:4]
+    assert [float(shade) for _, shade in shades] == [0.0, 0.5, 1.0, 0.0]
+    assert shades[1][0] == "255" and shades[2][0] == "0"
 
 
 def test_a_coder_in_half_precision_is_analysed():
@@ -226,22 +362,10 @@ def test_a_coder_in_half_precision_is_analysed():
 
 
 def test_what_is_no_text_is_an_error(sae):
-    with pytest.raises(ValueError, match="text must be one string, got list"):
-        sae.analyze_text(["a", "b"])
-
-
-def of_sites(reads, writes, n_features: int = 40) -> SparseCoder:
-    made = SparseCoder(
-        *(Columns(names, (128,) * len(names)) for names in (reads, writes)), n_features, k=4
-    )
-    for i, name in enumerate(("W_enc", "b_enc", "W_dec")):
-        made[name] = mx.random.normal(made[name].shape, key=mx.random.key(i))
-    return made
-
-
-def joined(source, sites, tokens) -> mx.array:
-    done = source.run(tokens, capture=list(sites))
-    return mx.concatenate([done[site] for site in sites], axis=-1)
+    with pytest.raises(ValueError, match="text must be a text or several, got int"):
+        sae.analyze_text(["a", 3])
+    with pytest.raises(ValueError, match="at least one, got none"):
+        sae.encode_text([])
 
 
 @pytest.fixture(scope="module")
@@ -258,48 +382,8 @@ def test_codes_of_several_sites_and_of_two_models_are_analysed(model, pair):
         (pair, pair.sites_of("layers.2.resid_post")),
     ):
         made = of_sites(sites, sites)
-        codes = np.array(made.encode(joined(source, sites, mx.array([ids]))))[0]
+        done = source.run(mx.array([ids]), capture=list(sites), stop=True)
+        codes = np.array(made.encode(mx.concatenate([done[site] for site in sites], axis=-1)))[0]
         found = analyze_text(made, source, TEXT, top_k=3)
         for row, listed in list(zip(codes, found.by_token, strict=True))[1:]:
             assert [i for i, _ in listed] == [i for i in np.argsort(-row)[:3].tolist() if row[i]]
-
-
-def test_examples_of_two_models_are_found(pair, texts):
-    sites = pair.sites_of("layers.2.resid_post")
-    made = of_sites(sites, sites)
-    dataset = ActivationDataset.from_texts(pair, texts[:3], list(sites), context_length=64)
-    examples = collect_examples(made, dataset, n=2)
-    tokens, counts = mx.array(dataset.corpus.tokens), dataset.corpus.documents() >= 0
-    codes = np.array(made.encode(joined(pair, sites, tokens))) * counts[..., None]
-    np.testing.assert_allclose(examples.values[:, 0], codes.max(axis=(0, 1)), rtol=1e-3, atol=1e-3)
-    (example, *_) = examples.of(5)
-    assert example.value == pytest.approx(examples.values[5, 0], rel=1e-3)
-
-
-def test_a_transcoders_logit_effects_are_of_what_it_writes(model):
-    made = of_sites(("layers.1.mlp_in",), ("layers.4.mlp_out",))
-    logits = np.array(model.unembed(made.W_dec[6][None])[0])
-    found = logit_effects(made, model, 6, top_k=3)
-    assert [value for _, value in found.top] == pytest.approx(np.sort(logits)[::-1][:3], rel=1e-5)
-
-
-def test_logit_effects_of_several_sites_are_of_their_sum_or_of_one(model):
-    sites = ("layers.1.mlp_out", "layers.4.mlp_out")
-    made = of_sites(sites, sites)
-    row = made.W_dec[6]
-    for site, part in ((None, row[:128] + row[128:]), (sites[0], row[:128]), (sites[1], row[128:])):
-        logits = np.array(model.unembed(part[None])[0])
-        found = logit_effects(made, model, 6, top_k=3, site=site)
-        expected = np.sort(logits)[::-1][:3]
-        assert [value for _, value in found.top] == pytest.approx(expected, rel=1e-4)
-
-
-def test_logit_effects_of_two_models_need_a_site(pair):
-    sites = pair.sites_of("layers.2.resid_post")
-    made = of_sites(sites, sites)
-    with pytest.raises(ValueError, match=r"writes base:layers.2.resid_post .*: name one of its"):
-        logit_effects(made, pair, 6)
-    tuned = pair.models["tuned"]
-    logits = np.array(tuned.unembed(made.W_dec[6, 128:][None])[0])
-    found = logit_effects(made, pair, 6, top_k=1, site=sites[1])
-    assert found.top[0][1] == pytest.approx(logits.max(), rel=1e-5)

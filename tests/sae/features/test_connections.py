@@ -5,8 +5,8 @@ import pytest
 from mlxterp.sae.coder import Columns, SparseCoder
 from mlxterp.sae.cross_layer import CrossLayerTranscoder
 from mlxterp.sae.features import connections
-from mlxterp.sae.features.logit_effects import logit_effects
 from mlxterp.sae.features.connections import Connection, input_invariant_weights, reads, writes
+from mlxterp.sae.features.logit_effects import logit_effects
 from tests.fakes import FakeSource
 
 WIDTH = 128

@@ -2,7 +2,7 @@ import unicodedata
 
 import pytest
 
-from mlxterp.sae.features.display import pieces, visible
+from mlxterp.sae.features.display import pieces, strip, visible
 
 TEXTS = {
     "html": "<script>alert('&amp;')</script>",
@@ -55,3 +55,11 @@ def test_signs_stand_for_what_is_not_seen():
     assert visible("a\n\tb\x00\x1b\x7f") == "a⏎⇥b␀␛␡"
     assert visible("\u202ex\ufeff") == "\\u202ex\\ufeff"
     assert visible("👩‍👧 é <b>") == "👩‍👧 é <b>"  # escaping is the template's work
+
+
+def test_tokens_of_one_character_are_shown_as_one_part():
+    tokens, scores = ("a", "👍", "", "", "b"), (0.0, 1.0, -3.0, 0.0, 2.0)
+    assert strip(tokens, scores, "vwxyz") == [
+        ("a", 0.0, "v"), ("👍", -3.0, "w; x; y"), ("b", 2.0, "z"),
+    ]  # fmt: skip
+    assert strip(("", "b"), (1.0, 2.0)) == [("", 1.0, "1.000"), ("b", 2.0, "2.000")]

@@ -1,6 +1,8 @@
+import mlx.core as mx
 import numpy as np
 
-from mlxterp.sae import ActivationDataset
+from mlxterp.sae import SAE, ActivationDataset
+from mlxterp.sae.coder import Columns
 from mlxterp.sae.features.collection import collect
 from tests.fakes import SITE
 from tests.sae.letters import Letters, one_to_one
@@ -37,6 +39,21 @@ def test_the_text_around_any_position_can_be_shown():
     other = data.example(0, top.position + 1, before=1, after=0)
     assert (other.tokens, other.values, other.peak) == (("a", "b"), (3.0, 0.0), 1)
     assert other.to_dict()["tokens"] == ("a", "b")
+
+
+def test_characters_of_several_tokens_are_shown_and_marked_whole(demo):
+    columns = Columns(("layers.0.resid_post",), (128,))
+    coder = SAE(columns, columns, 4, k=4)
+    coder.W_enc = mx.random.normal((4, 128), key=mx.random.key(0))
+    dataset = ActivationDataset.from_texts(demo, ["ab 👍👍👍 cd 👍"], 0, context_length=64)
+    data = collect(coder, dataset)
+    (feature, *_) = np.flatnonzero(data.firing_counts)
+    for position in data.codes.positions.tolist():
+        example = data.example(feature, position, before=1, after=1)
+        assert "\ufffd" not in repr(example)
+        assert "«»" not in repr(example)
+        assert example.token and example.token in "ab 👍 cd"
+        assert data.corpus.tokens.reshape(-1)[position] == example.ids[example.peak]
 
 
 def test_special_tokens_are_no_part_of_an_example():

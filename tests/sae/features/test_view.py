@@ -9,7 +9,7 @@ from mlxterp.sae.coder import Columns
 from mlxterp.sae.features.data import CoActive
 from mlxterp.sae.features.examples import Example, Interval
 from mlxterp.sae.features.logit_effects import LogitEffects
-from mlxterp.sae.features.view import FeatureView, strip
+from mlxterp.sae.features.view import FeatureView
 from mlxterp.sae.similarity.nearest import Neighbour
 from tests.fakes import SITE, FakeSource
 
@@ -71,15 +71,13 @@ def test_html_draws_the_histogram_over_what_occurs():
     assert "8 tokens between 1.4 and 2" in view()._repr_html_()
 
 
-def test_tokens_of_one_character_are_shown_as_one_part():
-    example = Example(("a", "👍", "", "", "b"), (0.0, 1.0, -3.0, 0.0, 2.0), 2)
-    assert strip(example) == [
-        ("a", "0.000", 0.0, False),
-        ("👍", "1.000, -3.000, 0.000", -3.0, True),
-        ("b", "2.000", 2.0, False),
-    ]
-    cut = Example(("", "b"), (1.0, 2.0), 0)
-    assert [part[0] for part in strip(cut)] == ["", "b"]
+def test_the_character_that_holds_the_peak_is_outlined_whole():
+    peaks = {0: "a", 2: "👍", 4: "b"}
+    for peak, character in peaks.items():
+        example = Example(("a", "👍", "", "", "b"), (0.0, 1.0, -3.0, 0.0, 2.0), peak)
+        html = view(examples=(example,), intervals=(), random=())._repr_html_()
+        assert re.findall(r"outline: [^>]*>([^<]*)</bdi>", html) == [character]
+        assert example.token == character
 
 
 def test_a_feature_that_never_fires_says_so():
