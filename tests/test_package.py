@@ -28,9 +28,10 @@ sae.source sae.forward_order sae.model_pair sae.documents sae.dataset_info sae.s
 sae.corpus sae.harvest sae.cleaning sae.diversity sae.curation
 sae.store sae.caching sae.serving sae.dataset
 sae.features sae.similarity sae.steering sae.labels
-sae.callbacks sae.visualization sae.steering.places sae.steering.edits sae.evals
+sae.callbacks sae.visualization sae.metadata sae.steering.places sae.steering.edits sae.evals
 sae.features.display sae.features.examples sae.features.codes sae.features.data
-sae.features.collection sae.features.analysis sae.features.logit_effects sae.features.search
+sae.features.collection sae.features.logit_effects sae.features.attribution sae.features.peaks
+sae.features.analysis sae.features.interpretation sae.features.search
 sae.features.connections
 sae.similarity.directions sae.similarity.nearest sae.similarity.matching sae.similarity.stability
 sae.similarity.clusters sae.similarity.map

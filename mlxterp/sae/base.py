@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast, overload
 
 import mlx.core as mx
 
@@ -13,11 +13,15 @@ from mlxterp.sae import evals
 from mlxterp.sae.coder import Columns, SparseCoder, check_feature
 from mlxterp.sae.config import SAEConfig
 from mlxterp.sae.dataset import ActivationDataset
-from mlxterp.sae.features import analysis, collection, connections, view
+from mlxterp.sae.features import analysis, collection, connections, interpretation, peaks, view
 from mlxterp.sae.features import data as feature_data
+from mlxterp.sae.features import logit_effects as logits
 from mlxterp.sae.features.data import FeatureData
 from mlxterp.sae.files import write_directory
 from mlxterp.sae.metadata import Compatibility, Metadata, Statistics, compatibility
+from mlxterp.sae.similarity import clusters as families
+from mlxterp.sae.similarity import map as feature_maps
+from mlxterp.sae.similarity import matching, nearest
 from mlxterp.sae.source import ActivationSource
 from mlxterp.sae.steering import edits as steering
 
@@ -76,17 +80,73 @@ class BaseSAE(SparseCoder):
             )
         return source
 
+    def encode_text(
+        self,
+        model: ActivationSource | str | Sequence[str] | None = None,
+        text: str | Sequence[str] | None = None,
+    ) -> Any:
+        """The codes `[n_tokens, n_features]` of a text, or of each of several: `encode_text(model,
+        text)`, or `encode_text(text)` of a coder that knows its model; see `analysis.encode_text`.
+        """
+        if text is None:
+            model, text = None, cast("str | Sequence[str]", model)
+        source = self._model(cast("ActivationSource | None", model))
+        return analysis.encode_text(self, source, text)
+
+    def interpret_features(
+        self,
+        features: mx.array | Sequence[mx.array],
+        top_k: int = 5,
+        *,
+        model: ActivationSource | None = None,
+        labels: Mapping[int, str] | None = None,
+    ) -> interpretation.Interpretation:
+        """The strongest features of a code, or of a sum of codes, with what they promote; see
+        `interpretation.interpret_features`."""
+        source = self._source if model is None else model
+        return interpretation.interpret_features(self, source, features, top_k, labels)
+
+    @overload
+    def analyze_text(self, text: str, **options: Any) -> analysis.TextAnalysis: ...
+    @overload
+    def analyze_text(self, text: Sequence[str], **options: Any) -> analysis.TextAnalyses: ...
     def analyze_text(
-        self, text: str, *, model: ActivationSource | None = None, top_k: int = 10
-    ) -> analysis.TextAnalysis:
+        self,
+        text: str | Sequence[str],
+        *,
+        model: ActivationSource | None = None,
+        top_k: int = 10,
+        **options: Any,
+    ) -> analysis.TextAnalysis | analysis.TextAnalyses:
         """Which features are active on which token; see `analysis.analyze_text`."""
-        return analysis.analyze_text(self, self._model(model), text, top_k)
+        return analysis.analyze_text(self, self._model(model), text, top_k, **options)
 
     def find_top_features(
-        self, text: str, *, model: ActivationSource | None = None, top_k: int = 10
-    ) -> list[analysis.FeatureActivation]:
-        """The features with the largest values anywhere in a text, largest first."""
-        return list(self.analyze_text(text, model=model, top_k=top_k).top)
+        self,
+        text: str | Sequence[str],
+        *,
+        model: ActivationSource | None = None,
+        top_k: int = 10,
+        **options: Any,
+    ) -> list[peaks.FeatureActivation]:
+        """The features with the largest values anywhere in a text, or in several, largest first."""
+        return list(self.analyze_text(text, model=model, top_k=top_k, **options).top)
+
+    @overload
+    def logit_effects(self, feature_id: int, **options: Any) -> logits.LogitEffects: ...
+    @overload
+    def logit_effects(
+        self, feature_id: Iterable[int], **options: Any
+    ) -> dict[int, logits.LogitEffects]: ...
+    def logit_effects(
+        self,
+        feature_id: int | Iterable[int],
+        *,
+        model: ActivationSource | None = None,
+        **options: Any,
+    ) -> logits.LogitEffects | dict[int, logits.LogitEffects]:
+        """The tokens that features make more and less likely; see `logit_effects.logit_effects`."""
+        return logits.logit_effects(self, self._model(model), feature_id, **options)
 
     @property
     def features(self) -> FeatureData | None:
@@ -236,6 +296,26 @@ class BaseSAE(SparseCoder):
         """The weights between all features and those of a later coder; see
         `connections.input_invariant_weights`."""
         return connections.input_invariant_weights(self, later, **options)
+
+    def similar_features(
+        self, feature_id: int, other: SparseCoder | None = None, top_k: int = 10, **options: Any
+    ) -> nearest.Neighbours:
+        """The nearest features, in the coder or in another one; see `nearest.nearest`."""
+        return nearest.nearest(self, feature_id, other, top_k=top_k, **options)
+
+    def match(self, other: SparseCoder, **options: Any) -> matching.Matching:
+        """A partner in another coder for every feature, one to one; see `matching.match`."""
+        return matching.match(self, other, **options)
+
+    def clusters(self, data: FeatureData | None = None, **options: Any) -> families.Clusters:
+        """Families of features that write alike; see `clusters.find_clusters`."""
+        return families.find_clusters(self, data, **options)
+
+    def feature_map(
+        self, method: feature_maps.Method = "pca", **options: Any
+    ) -> feature_maps.FeatureMap:
+        """All features as points of a plane, to look at; see `map.feature_map`."""
+        return feature_maps.feature_map(self, method, **options)
 
     def _other(
         self, other: SparseCoder | ActivationSource | None

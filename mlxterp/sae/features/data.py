@@ -41,6 +41,9 @@ class CoActive:
     count: int
     score: float
 
+    def __repr__(self) -> str:
+        return f"feature {self.feature_id}: {self.score:.3f}, together on {self.count:,} tokens"
+
 
 @dataclass(frozen=True)
 class Settings:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 from mlxterp.sae.coder import SparseCoder
 from mlxterp.sae.features.codes import SparseCodes
 from mlxterp.sae.features.data import FeatureData
-from mlxterp.sae.similarity.directions import Directions, Side, directions_of
+from mlxterp.sae.similarity.directions import Directions, Side, directions_of, needed
 from mlxterp.sae.similarity.nearest import scan
 from mlxterp.sae.visualization import Table
 
@@ -20,9 +19,8 @@ LISTED = 10  # clusters of a table, and members of each
 NEAREST_SHARE = 0.99  # of random directions have no neighbour as near as the least cosine
 SAMPLED = 512
 LEAST_PHI = 0.1
-FAMILY = 256
+FEATURES_PER_RESOLUTION = 256
 CODE_COLUMNS = 512
-MOST_ROUNDS = 100
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +54,8 @@ class Clusters:
 
     def of(self, feature_id: int) -> int | None:
         """The number of a feature's cluster, or None."""
+        if not 0 <= feature_id < len(self.labels):
+            raise ValueError(f"feature_id must be below {len(self.labels)}, got {feature_id}.")
         label = int(self.labels[feature_id])
         return None if label < 0 else label
 
@@ -66,7 +66,7 @@ class Clusters:
         title = (
             f"{len(self):,} clusters of {len(self.labels):,} features, {alone:,} in none; joined "
             f"from a cosine of {self.min_cosine:.2f}\n(two features have one of "
-            f"{self.background:.2f} on average)"
+            f"{round(self.background, 2) + 0.0:.2f} on average)"
         )
         rows = []
         for i in range(min(LISTED, len(self))):
@@ -124,9 +124,11 @@ def find_clusters(
     if n_neighbours < 1:
         raise ValueError(f"n_neighbours must be >= 1, got {n_neighbours}.")
     if resolution is None:
-        resolution = max(1.0, own.n_features / FAMILY)
+        resolution = max(1.0, own.n_features / FEATURES_PER_RESOLUTION)
     elif resolution <= 0:
         raise ValueError(f"resolution must be above 0, got {resolution}.")
+    if min_cosine is not None and not 0 <= min_cosine <= 1:
+        raise ValueError(f"min_cosine must be in [0, 1], got {min_cosine}.")
     if data is not None and data.n_features != own.n_features:
         raise ValueError(f"data is of {data.n_features} features, the coder has {own.n_features}.")
     least = _chance_level(own, seed) if min_cosine is None else min_cosine
@@ -187,8 +189,8 @@ def _correlated(
 
 
 def _phi(codes: SparseCodes) -> Iterator[tuple[slice, np.ndarray]]:
-    """For some features after another, the correlation of their firing with all, `[n, n_all]`."""
-    sparse = _module("scipy.sparse")
+    """The correlations of firing with all features, `[n, n_features]`, block by block."""
+    sparse = needed("scipy.sparse")
     n, counts = codes.n_tokens, codes.firing_counts.astype(np.float32)
     ones = np.ones(len(codes.features), np.float32)
     shape = n, codes.n_features
@@ -205,7 +207,7 @@ def _phi(codes: SparseCodes) -> Iterator[tuple[slice, np.ndarray]]:
 
 def _communities(n_features: int, edges: Edges, resolution: float, seed: int) -> np.ndarray:
     """The number of each feature's community, largest first, -1 where it is alone."""
-    networkx = _module("networkx")
+    networkx = needed("networkx")
     graph = networkx.Graph()
     graph.add_weighted_edges_from(zip(*(part.tolist() for part in edges), strict=True))
     labels = np.full(n_features, -1)
@@ -243,11 +245,3 @@ def _described(own: Directions, labels: np.ndarray, least: float) -> Clusters:
         cohesion[i] = centrality[members].mean()
     background = (float(total @ total) - alive) / max(1, alive * (alive - 1))
     return Clusters(labels, sizes, medoids, cohesion, centrality, background, least)
-
-
-def _module(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        package = name.partition(".")[0]
-        raise ImportError(f"{package} is missing: pip install 'mlxterp[analysis]'") from error

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import mlx.core as mx
 import numpy as np
@@ -102,7 +103,9 @@ class Directions:
         ((_, cosines),) = self.take(np.array([feature_id])).cosines(other)
         return np.array(cosines[0])
 
-    def cosines_of_pairs(self, own: np.ndarray, other: Directions, theirs: np.ndarray):
+    def cosines_of_pairs(
+        self, own: np.ndarray, other: Directions, theirs: np.ndarray
+    ) -> np.ndarray:
         """The cosines `[n]` of the features `own` `[n]` with the features `theirs` `[n]`."""
         found = np.zeros(len(own), np.float32)
         for a in self.parts:
@@ -167,9 +170,8 @@ def directions_of(coder: SparseCoder, by: Side = "decoder", site: str | None = N
     if by not in ("decoder", "encoder"):
         raise ValueError(f"by must be 'decoder' or 'encoder', got {by!r}.")
     columns = coder.writes if by == "decoder" else coder.reads
-    wanted = slice(0, columns.width) if site is None else columns.slices.get(site)
     chosen = columns if site is None else columns.only(site)
-    assert wanted is not None
+    wanted = slice(0, columns.width) if site is None else columns.slices[site]
     scale = _scale(coder, by)
     matrices = coder.decoder_blocks() if by == "decoder" else coder.of_blocks(coder.W_enc)
     parts = []
@@ -199,6 +201,11 @@ def pair_of_directions(
     if other_site is None and site is not None and (len(sites.names) > 1 or site in sites.names):
         other_site = site
     theirs = directions_of(other, by, other_site)
+    names = own.sites.names, theirs.sites.names
+    if names[0] != names[1] and set(names[0]) == set(names[1]):
+        raise ValueError(
+            f"The sites must be in the same order, got {own.sites} and {theirs.sites}."
+        )
     if own.sites.widths != theirs.sites.widths:
         raise ValueError(
             f"Directions are compared in columns of the same widths, got {own.sites} and "
@@ -215,6 +222,15 @@ def chance_of_nearest(n: int, dimensions: float) -> float:
     along = rng.standard_normal((CHANCE_DRAWS, n), np.float32)
     rest = rng.chisquare(dimensions - 1, (CHANCE_DRAWS, n))
     return float((along / np.sqrt(np.square(along) + rest)).max(axis=1).mean())
+
+
+def needed(module: str, package: str = "", extra: str = "analysis") -> Any:
+    """A module that is imported where it is used; raises `ImportError` naming the extra."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = package or module.partition(".")[0]
+        raise ImportError(f"{package} is missing: pip install 'mlxterp[{extra}]'") from error
 
 
 def _units(part: Part, ids: np.ndarray) -> mx.array:

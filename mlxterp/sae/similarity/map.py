@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxterp.sae.coder import SparseCoder
-from mlxterp.sae.similarity.directions import Directions, Side, directions_of
+from mlxterp.sae.similarity.directions import Directions, Side, directions_of, needed
 from mlxterp.sae.visualization import COLOURS, new_axis
 
 if TYPE_CHECKING:
@@ -109,9 +108,10 @@ def feature_map(
     if method == "pca":
         points, explained = principal(own, 2, seed)
         return FeatureMap(points, method, by, (float(explained[0]), float(explained[1])))
+    umap = needed("umap", "umap-learn", "umap")
     points, _ = principal(own, UMAP_AXES, seed)
     # More than one job would make the result depend on chance.
-    fit = _umap().UMAP(n_components=2, metric="euclidean", random_state=seed, n_jobs=1)
+    fit = umap.UMAP(n_components=2, metric="euclidean", random_state=seed, n_jobs=1)
     return FeatureMap(np.asarray(fit.fit_transform(points), np.float32), method, by, None)
 
 
@@ -178,10 +178,3 @@ def _kinds(ax: Axes, points: np.ndarray, values: np.ndarray, label: str) -> None
     for kind, colour in zip(shown, COLOURS, strict=False):
         _points(ax, points[values == kind], color=colour, label=f"{label} {kind}".strip())
     ax.legend(frameon=False, fontsize=8)
-
-
-def _umap() -> Any:
-    try:
-        return importlib.import_module("umap")
-    except ImportError as error:
-        raise ImportError("umap-learn is missing: pip install 'mlxterp[umap]'") from error

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
 from mlxterp.sae.coder import SparseCoder
-from mlxterp.sae.similarity.directions import Directions, Side, pair_of_directions
+from mlxterp.sae.similarity.directions import Directions, Side, needed, pair_of_directions
 from mlxterp.sae.similarity.nearest import scan
 from mlxterp.sae.visualization import COLOURS, Table, new_axis
 
@@ -219,13 +218,16 @@ class _Found(NamedTuple):
 def _other_side(
     coder: SparseCoder, other: SparseCoder, by: Side, site: str | None, other_site: str | None
 ) -> Pair | None:
-    """The directions of the other matrix, at the same sites where they are sites of both; `None`
-    where they cannot be compared."""
+    """The directions of the other matrix, at the same sites where coders write what they read, and
+    else at all sites; `None` where they cannot be compared."""
     side: Side = "encoder" if by == "decoder" else "decoder"
+    same = [one.reads == one.writes for one in (coder, other)]
+    if same[0] != same[1]:
+        return None
     try:
-        if coder.reads == coder.writes and other.reads == other.writes:
-            return pair_of_directions(coder, other, side, site, other_site)
-        return pair_of_directions(coder, other, side, None, None)
+        return pair_of_directions(
+            coder, other, side, *((site, other_site) if same[0] else (None, None))
+        )
     except ValueError:
         return None
 
@@ -260,7 +262,7 @@ def _assign(
         return _assign_candidates(own, theirs, absolute)
     scores = np.concatenate([np.array(block) for _, block in own.cosines(theirs)])
     scores = np.abs(scores) if absolute else scores
-    rows, columns = _scipy("optimize").linear_sum_assignment(scores, maximize=True)
+    rows, columns = needed("scipy.optimize").linear_sum_assignment(scores, maximize=True)
     partners = np.full(own.n_features, -1)
     partners[rows] = columns
     return partners, scores.max(axis=1), scores.max(axis=0), "exact"
@@ -290,7 +292,7 @@ def _sparse_assignment(
     rows: np.ndarray, columns: np.ndarray, scores: np.ndarray, n_rows: int, n_columns: int
 ) -> np.ndarray:
     """The best partner of each row among the pairs given, -1 where it gets none."""
-    sparse, graph = _scipy("sparse"), _scipy("sparse.csgraph")
+    sparse, graph = needed("scipy.sparse"), needed("scipy.sparse.csgraph")
     _, first = np.unique(rows * n_columns + columns, return_index=True)
     # Every row may also stay alone, which costs more than any pair does: all costs are positive.
     alone = np.arange(n_rows)
@@ -304,10 +306,3 @@ def _sparse_assignment(
     found = np.full(n_rows, -1)
     found[matched] = np.where(partners < n_columns, partners, -1)
     return found
-
-
-def _scipy(name: str) -> Any:
-    try:
-        return importlib.import_module(f"scipy.{name}")
-    except ImportError as error:
-        raise ImportError("scipy is missing: pip install 'mlxterp[analysis]'") from error

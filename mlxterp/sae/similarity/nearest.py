@@ -156,7 +156,7 @@ def scan(
         if within:
             row, n = mx.arange(len(block)), features.start
             scores = mx.where(mx.arange(theirs.n_features) == row[:, None] + n, -2.0, scores)
-        chosen = select_top_k(scores, k)
+        chosen = select_top_k(scores, k) if k else mx.zeros((len(block), 0), mx.int32)
         at = scores.argmax(axis=0)
         found, best = mx.take_along_axis(block, chosen, axis=-1), scores.max(axis=0)
         better = best > back

@@ -49,9 +49,7 @@ class Stability:
         n = len(self.found)
         rows = []
         for i, found in enumerate(self.found):
-            scores = (
-                f"{_others(of, i):.3f}" for of in (self.mmcs, self.mcc)
-            )  # fmt: skip
+            scores = (f"{_others(of, i):.3f}" for of in (self.mmcs, self.mcc))
             shares = (f"{share:.1%}" for share in ((found == n - 1).mean(), (found == 0).mean()))
             rows.append((f"coder {i}", f"{len(found):,}", *scores, *shares))
         chance = (f"{_others(of):.3f}" for of in (self.chance_mmcs, self.chance_mcc))
