@@ -12,11 +12,10 @@ import sys
 import time
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 
 from mlxterp import InterpretableModel
-from mlxterp.sae import ActivationDataset
+from mlxterp.sae import SAE, ActivationDataset
 from mlxterp.sae.base import BaseSAE
 from mlxterp.sae.features.collection import collect
 from mlxterp.sae.features.data import FeatureData
@@ -24,6 +23,8 @@ from mlxterp.sae.labels.scores import Mean
 from mlxterp.sae.labels.token_labels import KINDS, token_labels
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import mlx.core as mx  # isort: skip
+
 from quickstart import python_texts
 
 LAYER, CONTEXT = 2, 128
@@ -70,8 +71,6 @@ def large(model: InterpretableModel, n_features: int, n_tokens: int) -> FeatureD
     """Features that are directions drawn at random, of which about 32 are active on a token."""
     dataset = texts_of(model, n_tokens, 1)
     columns = dataset.columns
-    from mlxterp.sae import SAE
-
     sae = SAE(columns, columns, n_features, "batch_topk", L0)
     x = next(iter(dataset.batches(2048)))
     sae.W_enc = mx.random.normal((n_features, columns.width))
