@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from mlxterp import InterpretableModel
-from mlxterp.sae import SAE, ActivationDataset
+from mlxterp.sae import SAE, ActivationDataset, SAEConfig
 from mlxterp.sae.base import BaseSAE
 from mlxterp.sae.features.collection import collect
 from mlxterp.sae.features.data import FeatureData
@@ -44,8 +44,15 @@ def texts_of(model: InterpretableModel, n_tokens: int, seed: int) -> ActivationD
 
 
 def trained(model: InterpretableModel, n_tokens: int) -> BaseSAE:
-    dataset = texts_of(model, n_tokens, 0)
-    return model.train_sae(layer=LAYER, component="residual", dataset=dataset, verbose=False)
+    return model.train_sae(
+        layer=LAYER,
+        component="residual",
+        dataset=texts_of(model, n_tokens, 0),
+        config=SAEConfig(
+            expansion_factor=8, k=16, learning_rate=8e-3, batch_size=1024, num_epochs=2
+        ),
+        verbose=False,
+    )
 
 
 def report(name: str, data: FeatureData) -> None:
@@ -78,7 +85,7 @@ def large(model: InterpretableModel, n_features: int, n_tokens: int) -> FeatureD
     sae.b_enc = -(sae.W_enc @ x.mean(axis=0))
     pre = sae.pre_activations(x[:512]).reshape(-1)
     sae.activation_function.threshold = mx.sort(pre)[-L0 * 512]
-    return collect(sae, dataset)
+    return collect(sae, dataset, max_kept=2 * L0 * n_tokens)
 
 
 def main() -> None:
@@ -86,7 +93,7 @@ def main() -> None:
     parser.add_argument("--sae", type=Path, help="a saved SAE of the bundled model's layer 2")
     parser.add_argument("--tokens", type=int, default=200_000)
     parser.add_argument("--features", type=int, default=32_768)
-    parser.add_argument("--large-tokens", type=int, default=1_000_000)
+    parser.add_argument("--large-tokens", type=int, default=200_000)
     arguments = parser.parse_args()
     model = InterpretableModel.demo()
     print("Means over the features with their 95 % intervals, and / those of another one's label")

@@ -38,7 +38,7 @@ sae.similarity.clusters sae.similarity.map
 sae.steering.report sae.steering.sweep
 sae.labels.prompts sae.labels.contexts sae.labels.scores sae.labels.labels
 sae.labels.token_tables sae.labels.token_labels
-sae.labels.labelers sae.labels.server sae.labels.questions sae.labels.run sae.labels.labeling
+sae.labels.labelers sae.labels.server sae.labels.questions sae.labels.labeling
 sae.features.view
 sae.sharing sae.interactions sae.latent_scaling sae.diffing
 sae.run sae.loggers

@@ -10,14 +10,17 @@ from typing import Any, ClassVar, Self, cast, overload
 import mlx.core as mx
 
 from mlxterp.sae import evals
-from mlxterp.sae.coder import Columns, SparseCoder, check_feature
+from mlxterp.sae.coder import MARKER, Columns, SparseCoder, check_feature
 from mlxterp.sae.config import SAEConfig
 from mlxterp.sae.dataset import ActivationDataset
 from mlxterp.sae.features import analysis, collection, connections, interpretation, peaks, view
 from mlxterp.sae.features import data as feature_data
 from mlxterp.sae.features import logit_effects as logits
 from mlxterp.sae.features.data import FeatureData
+from mlxterp.sae.features.search import Examples, FoundFeature, find_feature_by_examples
 from mlxterp.sae.files import write_directory
+from mlxterp.sae.labels import labeling
+from mlxterp.sae.labels.labels import LABELS_FILE, FeatureLabels
 from mlxterp.sae.metadata import Compatibility, Metadata, Statistics, compatibility
 from mlxterp.sae.similarity import clusters as families
 from mlxterp.sae.similarity import map as feature_maps
@@ -27,8 +30,6 @@ from mlxterp.sae.steering import edits as steering
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
-# By this file a saved coder is known; a `config.json` is in many directories, such as a model's.
-MARKER = "encoder_bias.safetensors"
 FEATURES = "features"
 TOKENS_AT_A_GLANCE = 200_000
 
@@ -51,6 +52,7 @@ class BaseSAE(SparseCoder):
         self._training_data: ActivationDataset | None = None
         self._held_out: ActivationDataset | None = None
         self._features: FeatureData | None = None
+        self._labels: FeatureLabels | None = None
         self.path: Path | None = None
 
     @classmethod
@@ -71,7 +73,8 @@ class BaseSAE(SparseCoder):
         if self._features is not None:
             self._features = replace(self._features, source=model)
 
-    def _model(self, model: ActivationSource | None) -> ActivationSource:
+    def known_model(self, model: ActivationSource | None = None) -> ActivationSource:
+        """The model given, or the one that the coder knows; `ValueError` where it knows none."""
         source = self._source if model is None else model
         if source is None:
             raise ValueError(
@@ -90,7 +93,7 @@ class BaseSAE(SparseCoder):
         """
         if text is None:
             model, text = None, cast("str | Sequence[str]", model)
-        source = self._model(cast("ActivationSource | None", model))
+        source = self.known_model(cast("ActivationSource | None", model))
         return analysis.encode_text(self, source, text)
 
     def interpret_features(
@@ -111,26 +114,25 @@ class BaseSAE(SparseCoder):
     @overload
     def analyze_text(self, text: Sequence[str], **options: Any) -> analysis.TextAnalyses: ...
     def analyze_text(
-        self,
-        text: str | Sequence[str],
-        *,
-        model: ActivationSource | None = None,
-        top_k: int = 10,
-        **options: Any,
+        self, text: str | Sequence[str], *, model: ActivationSource | None = None, **options: Any
     ) -> analysis.TextAnalysis | analysis.TextAnalyses:
         """Which features are active on which token; see `analysis.analyze_text`."""
-        return analysis.analyze_text(self, self._model(model), text, top_k, **options)
+        return analysis.analyze_text(self, self.known_model(model), text, **options)
 
     def find_top_features(
-        self,
-        text: str | Sequence[str],
-        *,
-        model: ActivationSource | None = None,
-        top_k: int = 10,
-        **options: Any,
+        self, text: str | Sequence[str], **options: Any
     ) -> list[peaks.FeatureActivation]:
         """The features with the largest values anywhere in a text, or in several, largest first."""
-        return list(self.analyze_text(text, model=model, top_k=top_k, **options).top)
+        return list(self.analyze_text(text, **options).top)
+
+    def find_feature_by_examples(
+        self, examples: Examples, counter_examples: Examples = (), model: Any = None, **options: Any
+    ) -> FoundFeature:
+        """The feature that examples of a property share; see `search.find_feature_by_examples`."""
+        if "data" not in options:
+            options["data"] = self.features if counter_examples else self._collected(model)
+        source = self.known_model(model)
+        return find_feature_by_examples(self, source, examples, counter_examples, **options)
 
     @overload
     def logit_effects(self, feature_id: int, **options: Any) -> logits.LogitEffects: ...
@@ -146,7 +148,7 @@ class BaseSAE(SparseCoder):
         **options: Any,
     ) -> logits.LogitEffects | dict[int, logits.LogitEffects]:
         """The tokens that features make more and less likely; see `logit_effects.logit_effects`."""
-        return logits.logit_effects(self, self._model(model), feature_id, **options)
+        return logits.logit_effects(self, self.known_model(model), feature_id, **options)
 
     @property
     def features(self) -> FeatureData | None:
@@ -187,7 +189,7 @@ class BaseSAE(SparseCoder):
     ) -> FeatureData:
         """What is collected already or, for a dataset or the training data, is now."""
         if dataset is None and self.features is not None:
-            return self.features
+            return self.features if model is None else replace(self.features, source=model)
         return self.collect(dataset, model=model, max_tokens=TOKENS_AT_A_GLANCE)
 
     def visualize_feature(
@@ -206,7 +208,38 @@ class BaseSAE(SparseCoder):
         """
         feature_id = check_feature(self, feature_id)
         data = self._collected(model, dataset)
-        return view.view_feature(self, self._model(model), data, feature_id, top_k)
+        label = self.labels[feature_id].text if feature_id in self.labels else None
+        return view.view_feature(self, self.known_model(model), data, feature_id, top_k, label)
+
+    @property
+    def labels(self) -> FeatureLabels:
+        """What features are said to respond to: one's own labels, `sae.labels.set(42, "...")`, and
+        those that `auto_label_features` made. A saved coder has them in its `labels.json`."""
+        if self._labels is None:
+            self._labels = FeatureLabels.of_coder(self.path, self.n_features)
+        return self._labels
+
+    def auto_label_features(
+        self,
+        labeler_model: Any = None,
+        *,
+        labeler: Any = None,
+        model: ActivationSource | None = None,
+        dataset: Iterable[str] | ActivationDataset | None = None,
+        verbose: bool = True,
+        **options: Any,
+    ) -> FeatureLabels:
+        """Labels of features with their scores, from a language model (`labeler_model`, or anything
+        else that answers prompts as `labeler`) or, without one, from the tokens on which they fire.
+        They are added to `labels`; see `labeling.auto_label_features`.
+        """
+        if None not in (labeler_model, labeler):
+            raise ValueError("Pass labeler_model or labeler, not both.")
+        labeler = labeler_model if labeler is None else labeler
+        data = self._collected(model, dataset)
+        return labeling.auto_label_features(
+            self, data, labeler, labels=self.labels, verbose=verbose, **options
+        )
 
     def evaluate(
         self,
@@ -235,7 +268,7 @@ class BaseSAE(SparseCoder):
             return dataset
         if dataset is not None:
             return ActivationDataset.from_texts(
-                self._model(model),
+                self.known_model(model),
                 dataset,
                 list(self.reads.union(self.writes).names),
                 context_length=self.metadata.data.get("context_length"),
@@ -320,7 +353,7 @@ class BaseSAE(SparseCoder):
     def _other(
         self, other: SparseCoder | ActivationSource | None
     ) -> SparseCoder | ActivationSource:
-        return self._model(None) if other is None else other
+        return self.known_model(None) if other is None else other
 
     def is_compatible(
         self, model: ActivationSource, layer: Any = None, component: str | None = None
@@ -343,24 +376,11 @@ class BaseSAE(SparseCoder):
             },
         }
 
-    def array_files(self) -> dict[str, dict[str, mx.array]]:
-        """The arrays of the coder and of its activation function by the file that holds them."""
-        written = ("W_dec", "b_dec", "W_skip", "site_scale")
-        return {
-            "encoder.safetensors": {"W_enc": self.W_enc, **self.activation_function.arrays},
-            "decoder.safetensors": {name: self[name] for name in written if name in self},
-            MARKER: {"b_enc": self.b_enc},
-        }
-
-    def set_array(self, name: str, array: mx.array) -> None:
-        """Replace one of the arrays of `array_files`."""
-        owner = self.activation_function if name in self.activation_function.arrays else self
-        owner[name] = array
-
     def save(self, path: str | Path) -> Path:
         """Write the coder as a directory (by custom named `*.mlx`) and return its path.
 
-        An older coder there is replaced whole; raises `ValueError` where something else is there.
+        An older coder there is replaced whole, labels included; raises `ValueError` where
+        something else is there.
         """
         contents: dict[str, Any] = {
             CONFIG_FILE: self.to_config(),
@@ -370,20 +390,8 @@ class BaseSAE(SparseCoder):
         contents |= self.array_files()
         if self.features is not None:
             contents |= {f"{FEATURES}/{name}": part for name, part in self.features.files.items()}
+        if self.labels:
+            contents[LABELS_FILE] = self.labels.to_dict()
         self.path = write_directory(path, contents, marker=MARKER)
+        self.labels.path = self.path / LABELS_FILE
         return self.path
-
-    def __repr__(self) -> str:
-        sites = _listed(self.reads.names)
-        if self.writes != self.reads:
-            sites += f" -> {_listed(self.writes.names)}"
-        width = f"d_in={self.d_in}" + (f", d_out={self.d_out}" if self.d_out != self.d_in else "")
-        k = "" if self.k is None else f", k={self.k}"
-        return (
-            f"{type(self).__name__}({sites}, {width}, n_features={self.n_features}, "
-            f"{self.activation_name}{k}{', skip' if self.has_skip else ''})"
-        )
-
-
-def _listed(names: tuple[str, ...]) -> str:
-    return ", ".join(names) if len(names) <= 3 else f"{names[0]}, ..., {names[-1]}"

@@ -6,6 +6,7 @@ decoder.safetensors        W_dec, b_dec; W_skip, site_scale where the coder has 
 encoder_bias.safetensors   b_enc
 statistics.json            reports, firing rates, dead features
 metadata.json              model, data, training configuration, library version
+labels.json                labels of features, where there are any
 features/                  what `collect` found out about the features, where it was called
 """
 

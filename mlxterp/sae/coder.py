@@ -13,6 +13,9 @@ import numpy as np
 from mlxterp.sae.activation_functions import make_activation_function
 from mlxterp.sae.kernels import joined
 
+# By this file a saved coder is known; a `config.json` is in many directories, such as a model's.
+MARKER = "encoder_bias.safetensors"
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -297,6 +300,31 @@ class SparseCoder(nn.Module):
         y_hat = self.decode(self.encode(x))
         return y_hat + x @ self.W_skip.T if self.has_skip else y_hat
 
+    def array_files(self) -> dict[str, dict[str, mx.array]]:
+        """The arrays of the coder and of its activation function by the file that holds them."""
+        written = ("W_dec", "b_dec", "W_skip", "site_scale")
+        return {
+            "encoder.safetensors": {"W_enc": self.W_enc, **self.activation_function.arrays},
+            "decoder.safetensors": {name: self[name] for name in written if name in self},
+            MARKER: {"b_enc": self.b_enc},
+        }
+
+    def set_array(self, name: str, array: mx.array) -> None:
+        """Replace one of the arrays of `array_files`."""
+        owner = self.activation_function if name in self.activation_function.arrays else self
+        owner[name] = array
+
+    def __repr__(self) -> str:
+        sites = _listed(self.reads.names)
+        if self.writes != self.reads:
+            sites += f" -> {_listed(self.writes.names)}"
+        width = f"d_in={self.d_in}" + (f", d_out={self.d_out}" if self.d_out != self.d_in else "")
+        k = "" if self.k is None else f", k={self.k}"
+        return (
+            f"{type(self).__name__}({sites}, {width}, n_features={self.n_features}, "
+            f"{self.activation_name}{k}{', skip' if self.has_skip else ''})"
+        )
+
 
 def check_feature(coder: SparseCoder, feature_id: int) -> int:
     """The id itself; raises `ValueError` where the coder has no such feature."""
@@ -304,6 +332,10 @@ def check_feature(coder: SparseCoder, feature_id: int) -> int:
     if not whole or not 0 <= feature_id < coder.n_features:
         raise ValueError(f"feature_id must be in [0, {coder.n_features - 1}], got {feature_id!r}.")
     return int(feature_id)
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return ", ".join(names) if len(names) <= 3 else f"{names[0]}, ..., {names[-1]}"
 
 
 def _size(part: slice) -> int:

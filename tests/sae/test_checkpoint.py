@@ -345,3 +345,33 @@ def test_a_coder_that_was_not_saved_keeps_what_it_collected_until_it_is(model, t
     assert load_sae(made.save(tmp_path / "new.mlx")).features.n_tokens == data.n_tokens
     # Another coder at the same place does not inherit them.
     assert load_sae(SAE(columns, columns, 40, k=3).save(tmp_path / "new.mlx")).features is None
+
+
+def test_labels_are_saved_with_the_coder_and_stay_when_it_is_saved_again(tmp_path):
+    path, coder = tmp_path / "coder.mlx", example()
+    coder.labels.set(0, "numbers")
+    assert coder.labels.path is None
+    coder.save(path)
+    coder.labels.set(1, "names")
+    loaded = load_sae(path)
+    assert loaded.labels.texts == coder.labels.texts == {0: "numbers", 1: "names"}
+    load_sae(path).save(path)
+    coder.save(path)
+    assert load_sae(path).labels.texts == {0: "numbers", 1: "names"}
+    moved = load_sae(loaded.save(tmp_path / "moved.mlx"))
+    loaded.labels.set(1, "new names")
+    assert moved.labels[1].text == "new names"
+    assert load_sae(path).labels[1].text == "names"
+    # Another coder at the same place does not inherit them.
+    assert not load_sae(example().save(path)).labels
+
+
+def test_damaged_labels_are_named_and_not_replaced(tmp_path):
+    coder = example()
+    coder.labels.set(0, "numbers")
+    path = coder.save(tmp_path / "coder.mlx")
+    (path / "labels.json").write_text("{")
+    for call in (lambda loaded: loaded.labels, lambda loaded: loaded.save(path)):
+        with pytest.raises(ValueError, match="labels.json is not valid JSON"):
+            call(load_sae(path))
+    assert (path / "labels.json").read_text() == "{"

@@ -1,4 +1,4 @@
-"""Who can be asked for a label: a model in this process, or a function."""
+"""Who can be asked for a label: a model in this process, or a function; and what that may cost."""
 
 from __future__ import annotations
 
@@ -17,6 +17,12 @@ class Answer:
     text: str = ""
     error: str = ""
     n_tokens: int = 0
+
+    def read(self) -> str:
+        """The text; raises `ValueError` with the error where there is none."""
+        if self.error:
+            raise ValueError(self.error)
+        return self.text
 
 
 @runtime_checkable
@@ -45,17 +51,17 @@ class LocalModel:
     concurrency = 1
 
     def __init__(self, model: str | tuple[Any, Any], *, name: str = "", max_tokens: int = 256):
-        self._loaded = None if isinstance(model, str) else model
+        self._model = model
         self.name = name or (model if isinstance(model, str) else _name_of(model[1]))
         self.max_tokens = at_least("max_tokens", max_tokens, 1)
 
     def ask(self, prompts: Sequence[str]) -> list[Answer]:
         """The answers in order. A model that cannot be loaded raises what mlx-lm raises."""
-        if self._loaded is None:
+        if isinstance(self._model, str):
             import mlx_lm
 
-            self._loaded = mlx_lm.load(self.name)[:2]
-        return [self._answer(*self._loaded, prompt) for prompt in prompts]
+            self._model = mlx_lm.load(self._model)[:2]
+        return [self._answer(*self._model, prompt) for prompt in prompts]
 
     def _answer(self, model: Any, tokenizer: Any, prompt: str) -> Answer:
         from mlx_lm import stream_generate

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,15 +89,16 @@ class FeatureLabels(Mapping[int, Label]):
     A feature may have several, one of each source (`labels.of(42)`). The one that counts is the
     user's own; else what a labeller said last; else what tables of tokens say. With a `path`, the
     file `labels.json` of a coder's directory, changes by `set` and `remove` are written at once.
+
+    `failures` are the features that have no label or no score, and why, from the last run that
+    tried; `stopped` is why a run ended before its end.
     """
 
     def __init__(self, n_features: int, path: str | Path | None = None):
         self.n_features = n_features
         self.path = None if path is None else Path(path)
         self.failures: dict[int, str] = {}
-        """Why features have no label or no score, from the last run that tried."""
         self.stopped = ""
-        """Why the last run ended before its end."""
         self._labels: dict[int, dict[str, Label]] = {}
 
     def __getitem__(self, feature_id: int) -> Label:
@@ -107,7 +108,7 @@ class FeatureLabels(Mapping[int, Label]):
         ) or found[TOKENS]  # fmt: skip
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self._labels)
+        return iter(sorted(self._labels))
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -159,16 +160,14 @@ class FeatureLabels(Mapping[int, Label]):
 
     @property
     def means(self) -> dict[str, Mean]:
-        """The mean balanced accuracy of each kind of score, and of `tokens` the mean F1 as well,
-        over the features whose label has it."""
-        found = {}
-        for name in SCORES:
-            scores = [score for i in self if (score := getattr(self[i], name)) is not None]
-            if scores:
-                found[name] = Mean.of([score.balanced_accuracy for score in scores])
-            if scores and name == "tokens":
-                found["tokens F1"] = Mean.of([score.f1 for score in scores])
-        return found
+        """The mean of each figure over the features whose label has it: the balanced accuracy of
+        every kind of score and, of labels by tables of tokens, the F1 of them and of their
+        controls."""
+        found = {
+            name: [x for i in self if (x := read(self[i])) is not None]
+            for name, read in FIGURES.items()
+        }
+        return {name: Mean.of(values) for name, values in found.items() if values}
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain values: the content of the file."""
@@ -176,8 +175,7 @@ class FeatureLabels(Mapping[int, Label]):
             "format_version": FORMAT_VERSION,
             "n_features": self.n_features,
             "labels": {
-                str(i): [label.to_dict() for label in found.values()]
-                for i, found in self._labels.items()
+                str(i): [label.to_dict() for label in self._labels[i].values()] for i in self
             },
             "failures": {str(i): reason for i, reason in self.failures.items()},
         }
@@ -196,6 +194,14 @@ class FeatureLabels(Mapping[int, Label]):
         """Write the file, if there is to be one."""
         if self.path is not None:
             self.save(self.path)
+
+    @classmethod
+    def of_coder(cls, directory: Path | None, n_features: int) -> FeatureLabels:
+        """The labels beside a saved coder; none yet where it has none, or was not saved."""
+        path = None if directory is None else directory / LABELS_FILE
+        if path is not None and path.is_file():
+            return cls.load(path, n_features)
+        return cls(n_features, path)
 
     @classmethod
     def load(cls, path: str | Path, n_features: int | None = None) -> FeatureLabels:
@@ -234,17 +240,18 @@ class FeatureLabels(Mapping[int, Label]):
         if self.stopped:
             title.append(f"stopped: {self.stopped}")
         ranked = sorted(self, key=lambda i: (-_worth(self[i]), i))[:SHOWN]
+        figures = [
+            name for name, read in FIGURES.items() if any(read(self[i]) is not None for i in ranked)
+        ]
         rows = tuple(
             (
                 f"{i:>{len(str(self.n_features - 1))}}  {_cut(visible(self[i].text))}",
-                *(_figure(getattr(self[i], name), "balanced_accuracy") for name in SCORES),
-                _figure(self[i].tokens, "f1"),
+                *(_shown(FIGURES[name](self[i])) for name in figures),
                 visible(self[i].source),
             )
             for i in ranked
         )
-        header = ("feature", "detection", "fuzzing", "tokens", "control", "tokens F1", "by")
-        return Table("\n".join(title), header, rows)
+        return Table("\n".join(title), ("feature", *figures, "by"), rows)
 
     def __repr__(self) -> str:
         return repr(self.table)
@@ -258,8 +265,7 @@ class FeatureLabels(Mapping[int, Label]):
         ax = new_axis() if ax is None else ax
         bins = [i / 40 for i in range(41)]
         for name, colour in zip(SCORES, COLOURS, strict=False):
-            scores = [score for i in self if (score := getattr(self[i], name)) is not None]
-            values = [score.balanced_accuracy for score in scores]
+            values = [x for i in self if (x := FIGURES[name](self[i])) is not None]
             if values:
                 ax.hist(
                     values, bins, histtype="step", color=colour, label=f"{name} ({len(values):,})"
@@ -282,8 +288,23 @@ def _worth(label: Label) -> float:
     return label.tokens.f1 if label.tokens is not None else -1.0
 
 
-def _figure(score: Score | None, name: str) -> str:
-    return "" if score is None else f"{getattr(score, name):.2f}"
+def _figure(name: str, figure: str, source: str = "") -> Callable[[Label], float | None]:
+    """Reads a figure of one kind of score, of labels of one source or of any."""
+
+    def read(label: Label) -> float | None:
+        score = getattr(label, name) if source in ("", label.source) else None
+        return None if score is None else getattr(score, figure)
+
+    return read
+
+
+FIGURES = {name: _figure(name, "balanced_accuracy") for name in SCORES} | {
+    f"{name} F1": _figure(name, "f1", TOKENS) for name in ("tokens", "control")
+}
+
+
+def _shown(figure: float | None) -> str:
+    return "" if figure is None else f"{figure:.2f}"
 
 
 def _cut(text: str) -> str:

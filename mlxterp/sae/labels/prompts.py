@@ -62,8 +62,6 @@ Answer with one line that begins with "answer:" and lists their numbers, such as
  is "answer: none".
 """
 
-_THOUGHT = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL | re.IGNORECASE)
-
 
 def escaped(text: str) -> str:
     """The text on one line, without the signs that mark tokens."""
@@ -153,7 +151,7 @@ def quoted(answer: str) -> str:
 
 def _after(name: str, answer: str) -> str:
     """What follows the last `name:` that begins a line, a thinking model's thoughts left out."""
-    spoken = _THOUGHT.sub("", answer)
+    spoken = answer.rpartition("</think>")[2].partition("<think>")[0]
     found = re.findall(rf"^[\s\"'`*#>-]*{name}[\s\"'`*]*[:：](.*)$", spoken, re.I | re.M)
     if not found:
         raise ValueError(f"the answer has no line that begins with '{name}:': {quoted(answer)}")

@@ -15,6 +15,8 @@ Kind = Literal["detection", "fuzzing"]
 
 PER_PROMPT = 5  # contexts that a judge is asked about at once
 LEAST = 2  # contexts of either kind
+# Whether a context is right, and whether it was said to be: as a `Score` counts them.
+SORTS = ((True, True), (True, False), (False, True), (False, False))
 TEMPLATES: dict[Kind, str] = {"detection": DETECTION_PROMPT, "fuzzing": FUZZING_PROMPT}
 
 
@@ -51,13 +53,13 @@ def read_scores(
     """The score of each kind, and why answers could not be read. A kind of which no answer could be
     read, or none about contexts of one sort, has no score."""
     counts: dict[Kind, dict[tuple[bool, bool], int]] = {
-        question.kind: dict.fromkeys(_SORTS, 0) for question in questions
+        question.kind: dict.fromkeys(SORTS, 0) for question in questions
     }
     unanswered = dict.fromkeys(counts, 0)
     reasons: list[str] = []
     for question, answer in zip(questions, answers, strict=True):
         try:
-            said = read_numbers(text_of(answer), len(question.items))
+            said = read_numbers(answer.read(), len(question.items))
         except ValueError as error:
             reasons.append(str(error))
             unanswered[question.kind] += len(question.items)
@@ -65,21 +67,10 @@ def read_scores(
         for number, item in enumerate(question.items, 1):
             counts[question.kind][item.is_right, number in said] += 1
     scores: dict[Kind, Score] = {
-        kind: Score(*(of[sort] for sort in _SORTS), unanswered=unanswered[kind])
+        kind: Score(*(of[sort] for sort in SORTS), unanswered=unanswered[kind])
         for kind, of in counts.items()
     }
     known: dict[Kind, Score] = {
         kind: score for kind, score in scores.items() if 0 < score.base_rate < 1
     }
     return known, reasons
-
-
-# Whether it is right, and whether it was said to be: in the order of the counts of a `Score`.
-_SORTS = ((True, True), (True, False), (False, True), (False, False))
-
-
-def text_of(answer: Answer) -> str:
-    """The text of an answer; raises `ValueError` with its error where it has one."""
-    if answer.error:
-        raise ValueError(answer.error)
-    return answer.text

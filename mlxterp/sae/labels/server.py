@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -9,44 +10,16 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from mlxterp.sae.labels.labelers import (
-    Answer,
-    Function,
-    Labeler,
-    LocalModel,
-    at_least,
-    estimated_tokens,
-    messages_of,
-)
+from mlxterp.sae.labels.labelers import Answer, at_least, estimated_tokens, messages_of
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 RETRIED = frozenset({408, 409, 429, *range(500, 600)})  # statuses that may pass
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds before trying again
 LARGEST_ANSWER = 1 << 22  # bytes
-
-
-def as_labeler(asked: Any) -> Labeler:
-    """A labeller itself, or one made of the address of a server (`http://...`), of the name or path
-    of an MLX model, of a loaded `(model, tokenizer)`, or of a function from prompt to answer."""
-    if isinstance(asked, Labeler):
-        return asked
-    if isinstance(asked, str) and asked.startswith(("http://", "https://")):
-        return Server(asked)
-    if isinstance(asked, (str, os.PathLike)) and str(asked):
-        return LocalModel(str(asked))
-    if isinstance(asked, tuple) and len(asked) == 2:
-        return LocalModel(asked)
-    if callable(asked):
-        function: Any = asked
-        return Function(function)
-    raise ValueError(
-        "A labeller must be the name or path of an MLX model, a (model, tokenizer), the address "
-        f"of a server, a function or a Labeler, got {asked!r}."
-    )
 
 
 class Server:
@@ -55,7 +28,10 @@ class Server:
     `base_url` is its address up to and with `/v1`. The key is `api_key`, or that in the environment
     as `OPENAI_API_KEY`, which is sent over https alone. A request that fails in a way that may pass
     is made up to `retries` times more, after 0.5 s, 1 s, 2 s, ... or as long as the server asks for
-    (30 s at most). One takes `timeout` seconds at most.
+    (30 s at most). The server is waited for `timeout` seconds.
+
+    `options` are more fields of a request, or others in the place of `max_tokens` and
+    `temperature`; None leaves a field out. `name` stands for the labeller in its labels.
     """
 
     def __init__(
@@ -68,6 +44,8 @@ class Server:
         retries: int = 2,
         concurrency: int = 4,
         max_tokens: int = 256,
+        options: Mapping[str, Any] | None = None,
+        name: str = "",
     ):
         address = urllib.parse.urlsplit(base_url)
         if address.scheme not in ("http", "https") or not address.hostname:
@@ -80,10 +58,11 @@ class Server:
         self.retries = at_least("retries", retries, 0)
         self.concurrency = at_least("concurrency", concurrency, 1)
         self.max_tokens = at_least("max_tokens", max_tokens, 1)
-        self.name = f"{model} at {address.hostname}"
+        self.name = name or f"{model} at {address.hostname}"
+        self._options = dict(options or {})
         if api_key is None and address.scheme == "https":
             api_key = os.environ.get(KEY_VARIABLE)
-        self._key = api_key
+        self._key = (api_key or "").strip()
         # An answer that points elsewhere must not get the key sent there, and a proxy of the
         # environment cannot reach this machine.
         is_here = address.hostname in ("localhost", "127.0.0.1", "::1")
@@ -115,7 +94,9 @@ class Server:
             "messages": messages_of(prompt),
             "max_tokens": self.max_tokens,
             "temperature": 0,
+            **self._options,
         }
+        body = {field: value for field, value in body.items() if value is not None}
         headers = {"Content-Type": "application/json"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
@@ -141,14 +122,7 @@ class Server:
                     raise _Failure("the answer is cut short", may_pass=True)
                 return found
         except urllib.error.HTTPError as error:
-            with error:
-                said = error.read(200).decode(errors="replace")
-            wait = error.headers.get("Retry-After") or ""
-            raise _Failure(
-                f"status {error.code}: {said or error.reason}",
-                may_pass=error.code in RETRIED,
-                wait=float(wait) if wait.isascii() and wait.isdigit() else 0.0,
-            ) from None
+            raise _refusal(error) from None
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
             if isinstance(reason, TimeoutError):
@@ -173,12 +147,25 @@ class _Failure(Exception):
         self.may_pass, self.wait = may_pass, wait
 
 
+def _refusal(error: urllib.error.HTTPError) -> _Failure:
+    """What an answer with a status of failure says."""
+    said = b""
+    with error, contextlib.suppress(OSError, http.client.HTTPException):
+        said = error.read(200)
+    wait = error.headers.get("Retry-After") or ""
+    return _Failure(
+        f"status {error.code}: {said.decode(errors='replace') or error.reason}",
+        may_pass=error.code in RETRIED,
+        wait=float(wait) if wait.isascii() and wait.isdigit() else 0.0,
+    )
+
+
 def _read_completion(answer: bytes, prompt: str) -> Answer:
     """The text of the first choice; raises `_Failure` where the server wrote something else."""
     try:
         found = json.loads(answer)
         text = found["choices"][0]["message"]["content"]
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         start = answer[:80].decode(errors="replace")
         raise _Failure(f"the server's answer is no chat completion: {start!r}") from None
     if not isinstance(text, str):

@@ -4,13 +4,19 @@ import re
 
 import pytest
 
+from mlxterp.sae import load_sae
 from mlxterp.sae.features.collection import collect
-from mlxterp.sae.labels.contexts import Contexts, Split
-from mlxterp.sae.labels.labelers import Answer, Function, LocalModel
-from mlxterp.sae.labels.labeling import auto_label_features, label_cost
+from mlxterp.sae.labels.labelers import Function, Labeler, LocalModel
+from mlxterp.sae.labels.labeling import (
+    IN_A_ROW,
+    LabelerError,
+    as_labeler,
+    auto_label_features,
+    by_usefulness,
+    label_cost,
+)
 from mlxterp.sae.labels.labels import FeatureLabels
-from mlxterp.sae.labels.questions import make_questions, read_scores
-from mlxterp.sae.labels.run import IN_A_ROW, LabelerError, by_usefulness
+from mlxterp.sae.labels.server import Server
 from tests.sae.labels.planted import LETTERS, Honest, contexts_of, is_question_for_label, planted
 
 
@@ -134,6 +140,16 @@ def test_one_failure_is_noted_and_the_rest_is_done(data, tmp_path):
     assert len(loaded) == 6 and loaded.failures == {}
 
 
+def test_those_that_failed_before_are_tried_last(data):
+    labels, honest = FeatureLabels(6), Honest()
+    first, second = by_usefulness(data)[:2]
+    labels.failures = {first: "late", second: "late"}
+    run(data, honest, labels=labels, max_features=4)
+    assert labels.keys() == set(range(6)) - {first, second}
+    run(data, honest, labels=labels)
+    assert len(labels) == 6 and labels.failures == {}
+
+
 def test_nonsense_is_noted(data):
     labels = run(data, lambda prompt: "I am a teapot", features=[0, 1])
     assert len(labels) == 0
@@ -141,7 +157,7 @@ def test_nonsense_is_noted(data):
 
 
 def test_several_failures_in_a_row_end_the_run_and_keep_what_is_done(data, tmp_path, monkeypatch):
-    monkeypatch.setattr("mlxterp.sae.labels.run.IN_A_ROW", 3)
+    monkeypatch.setattr("mlxterp.sae.labels.labeling.IN_A_ROW", 3)
     labels = FeatureLabels(6, tmp_path / "labels.json")
     with pytest.raises(LabelerError) as error:
         run(data, Failing([1, 3, 4, 5]), labels=labels)
@@ -177,21 +193,6 @@ def test_a_judge_that_fails_leaves_the_labels(data):
     run(data, honest, labels=labels)
     assert asked_for_labels(honest) == 6 and labels.failures == {}
     assert all(label.detection.balanced_accuracy > 0.9 for label in labels.values())
-
-
-def test_answers_that_cannot_be_read_are_left_out_of_scores(data):
-    contexts = Contexts(data, Split.of(data.corpus))
-    questions = make_questions(contexts, 0, "the letter a", 20)
-    assert [question.kind for question in questions] == ["detection"] * 4 + ["fuzzing"] * 4
-    honest = Honest()
-    answers = [Answer(honest(question.prompt)) for question in questions]
-    answers[1] = Answer(error="late")
-    answers[2] = Answer("answer: maybe")
-    scores, reasons = read_scores(questions, answers)
-    assert scores["detection"].n == 10 and scores["detection"].unanswered == 10
-    assert scores["fuzzing"].n == 20 and scores["fuzzing"].balanced_accuracy == 1
-    assert reasons[0] == "late" and "lists no numbers" in reasons[1]
-    assert read_scores(questions, [Answer(error="late")] * 8)[0] == {}
 
 
 def test_features_with_too_few_contexts_are_said_to_have(data):
@@ -245,8 +246,8 @@ def test_the_cost_is_known_before_anything_is_asked(data, caplog):
 
 
 def test_the_file_is_written_every_few_features(data, tmp_path, monkeypatch):
-    monkeypatch.setattr("mlxterp.sae.labels.run.SAVED_EVERY", 2)
-    monkeypatch.setattr("mlxterp.sae.labels.run.SHARE_OF_SAVING", 1e9)
+    monkeypatch.setattr("mlxterp.sae.labels.labeling.SAVED_EVERY", 2)
+    monkeypatch.setattr("mlxterp.sae.labels.labeling.SHARE_OF_SAVING", 1e9)
     path, found = tmp_path / "labels.json", []
 
     class Looking(Honest):
@@ -339,3 +340,52 @@ def test_bad_settings_are_named(data):
             run(data, Honest(), **options)
     with pytest.raises(ValueError, match="must not have the name 'user'"):
         run(data, Function(Honest(), name="user"))
+
+
+def test_labellers_are_made_of_what_they_are_named_by(demo):
+    assert isinstance(as_labeler("http://localhost:8080/v1"), Server)
+    assert isinstance(as_labeler("mlx-community/some-model"), LocalModel)
+    assert isinstance(as_labeler((demo.model, demo.tokenizer)), LocalModel)
+    assert isinstance(as_labeler(len), Function)
+    own = Function(len)
+    assert as_labeler(own) is own and isinstance(own, Labeler)
+    for wrong in ("", 7, None, (1, 2, 3)):
+        with pytest.raises(ValueError, match="A labeller must be"):
+            as_labeler(wrong)
+
+
+@pytest.fixture
+def saved(sae, model, texts, tmp_path):
+    """A saved coder that knows its model."""
+    before, copy = sae.path, load_sae(sae.save(tmp_path / "coder.mlx"))
+    sae.path = before
+    copy.bind(model)
+    copy.collect(texts, max_tokens=4_000, verbose=False)
+    return copy
+
+
+def test_a_coder_keeps_its_labels_beside_it(saved, model):
+    honest = Function(lambda prompt: "label: x", name="honest")
+    features = by_usefulness(saved.features)[:3]
+    labels = saved.auto_label_features(verbose=False)
+    assert labels is saved.labels and len(labels) > 100
+    made = {"features": features, "n_scored": 0, "verbose": False}
+    saved.auto_label_features(labeler=honest, num_examples=4, **made)
+    saved.labels.set(features[0], "mine")
+    loaded = load_sae(saved.path)
+    assert loaded.labels.to_dict() == labels.to_dict()
+    assert [loaded.labels[i].text for i in features] == ["mine", "x", "x"]
+    shown = loaded.visualize_feature(features[0], model=model)
+    assert shown.label == "mine" and repr(shown).startswith(f"Feature {features[0]}: mine")
+    silent = int(saved.features.dead[0]) if len(saved.features.dead) else None
+    assert silent is None or saved.visualize_feature(silent).label is None
+
+
+def test_the_labeller_is_named_in_one_way(saved):
+    asked = []
+    saved.auto_label_features(
+        lambda prompt: asked.append(prompt) or "label: x", max_features=1, n_scored=0, verbose=False
+    )
+    assert len(asked) == 1
+    with pytest.raises(ValueError, match="labeler_model or labeler, not both"):
+        saved.auto_label_features("some-model", labeler=len)

@@ -82,6 +82,16 @@ def test_what_was_left_of_a_killed_write_is_in_nobodys_way(tmp_path):
     assert FeatureLabels.load(labels.path)[1].text == "more"
 
 
+def test_labels_are_beside_the_coder(tmp_path):
+    empty = FeatureLabels.of_coder(tmp_path, 100)
+    assert len(empty) == 0 and not list(tmp_path.iterdir())
+    empty.set(3, "names")
+    assert FeatureLabels.of_coder(tmp_path, 100).texts == {3: "names"}
+    with pytest.raises(ValueError, match="is of a coder with 100 features, not 99"):
+        FeatureLabels.of_coder(tmp_path, 99)
+    assert FeatureLabels.of_coder(None, 5).path is None
+
+
 def test_damaged_files_are_named(tmp_path):
     path = filled().save(tmp_path / "labels.json")
     whole = path.read_text()
@@ -109,11 +119,14 @@ def test_the_table_shows_the_best_first_with_the_means():
     labels.stopped = "too dear"
     lines = repr(labels).splitlines()
     assert lines[0] == "Labels of 2 of 100 features"
-    assert lines[1].startswith("mean detection 0.950 [0.950, 0.950] (n=1)")
+    assert lines[1].startswith("mean detection 0.950 [0.000, 1.000] (n=1)")
     assert "1 failed, such as 3: no answer" in lines and "stopped: too dear" in lines
     first, second = [line.split() for line in lines[-2:]]
     assert first == ["7", "keywords", "0.95", "0.50", "judge"]
     assert second == ["42", "French", "words", "0.50", "0.50", "tokens"]
+    assert lines[-3].split() == [
+        "feature", "detection", "fuzzing", "tokens", "tokens", "F1", "by",
+    ]  # fmt: skip
     assert "n=20" in repr(labels[7]) and repr(labels[7]).startswith("'keywords', by judge")
 
 
@@ -121,6 +134,11 @@ def test_means_are_of_the_labels_that_count():
     means = filled().means
     assert means["detection"].value == pytest.approx(0.95) and means["tokens"].value == 0.5
     assert means["tokens F1"].value == 0.5 and "control" not in means
+    labels = filled()
+    labels.remove(7, "judge")
+    means = labels.means
+    assert means["tokens F1"].n == 2 and means["control F1"].n == 1
+    assert means["control F1"].value == POOR.f1
     assert FeatureLabels(3).means == {}
 
 

@@ -67,6 +67,7 @@ def test_judges_are_asked_about_all_contexts():
         "I think\n\n- label: French words\n",
         "label: a draft\nlabel: French words",
         "<think>label: no\nlabel: neither</think>\nlabel: French words",
+        "label: a thought</think>label: French words",
         "label：French\twords",
     ],
 )
