@@ -43,10 +43,15 @@ sae.features.view
 sae.sharing sae.interactions sae.latent_scaling sae.diffing
 sae.run sae.loggers
 sae.trainer
+sae.bound
+sae.methods
 sae.base
 sae.fitting
 sae.sae sae.transcoder sae.crosscoder sae.cross_layer
 sae.checkpoint
+sae.circuits
+sae.circuits.validation sae.circuits.circuit
+sae.circuits.pathway sae.circuits.effects sae.circuits.between
 sae
 model
 """
