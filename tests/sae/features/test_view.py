@@ -116,7 +116,8 @@ def test_a_feature_of_the_session_is_shown_without_further_arguments(sae):
     assert shown._repr_html_().startswith("<div")
 
 
-def test_a_feature_is_shown_on_other_texts(sae, model, texts):
+def test_a_feature_is_shown_on_other_texts(sae, model, texts, monkeypatch):
+    monkeypatch.setattr(sae, "path", None)  # where another test has saved it
     feature = int(np.argmax(sae.statistics.firing_rates))
     before = sae.collect(verbose=False)
     shown = sae.visualize_feature(feature_id=feature, dataset=texts[5:7], model=model, top_k=20)
