@@ -50,7 +50,8 @@ sae.fitting
 sae.sae sae.transcoder sae.crosscoder sae.cross_layer
 sae.checkpoint
 sae.circuits
-sae.circuits.validation sae.circuits.circuit
+sae.circuits.nodes sae.circuits.layout sae.circuits.summary sae.circuits.storage
+sae.circuits.validation sae.circuits.drawing sae.circuits.page sae.circuits.circuit
 sae.circuits.pathway sae.circuits.effects sae.circuits.between
 sae
 model

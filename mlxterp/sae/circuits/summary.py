@@ -1,0 +1,81 @@
+"""A circuit in words and tables."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mlxterp.sae.circuits.nodes import Edge, Names, Node, cut
+from mlxterp.sae.features.display import visible
+from mlxterp.sae.visualization import Table
+
+PART_OF = "part_of"  # the key of facts about a whole of which a circuit is a part
+COLUMNS = ("share", "consistency", "n", "measured")
+# Facts that are shares, and written as such.
+SHARES = (
+    "explained", "all_features", "errors", "faithfulness", "completeness", "replacement",
+    "replacement_score", "completeness_score",
+)  # fmt: skip
+WIDEST = 48  # narrow characters of a node in a table
+LONGEST = 100  # of a prompt or a fact
+
+
+def edge_table(title: str, nodes: Sequence[Node], edges: Sequence[Edge], names: Names) -> Table:
+    """Edges with all that is known of each."""
+    columns = [name for name in COLUMNS if any(getattr(e, name) is not None for e in edges)]
+    rows = (
+        (
+            cut(names.full(nodes[edge.source]), WIDEST),
+            cut(names.full(nodes[edge.target]), WIDEST),
+            f"{edge.weight:+.4g}",
+            *(_cell(name, getattr(edge, name)) for name in columns),
+        )
+        for edge in edges
+    )
+    return Table(title, ("source", "target", "weight", *columns), tuple(rows))
+
+
+def describe(
+    nodes: Sequence[Node], edges: Sequence[Edge], levels: Sequence[str], tokens: Sequence[str]
+) -> str:
+    """What a circuit is, in one line."""
+    counts = Counter(node.kind for node in nodes)
+    parts = [_counted(n, kind) for kind, n in counts.items()] or ["no nodes"]
+    where = f"from {levels[0]} to {levels[-1]}" if len(levels) > 1 else "".join(levels)
+    what = f"Circuit of {', '.join(parts)} and {_counted(len(edges), 'edge')}, {where}"
+    return f"{what}: “{cut(visible(''.join(tokens)), LONGEST)}”" if tokens else what
+
+
+def known(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The facts that can be said in a few words, by their names."""
+    found = []
+    for name, value in facts.items():
+        if name == PART_OF and isinstance(value, Mapping):
+            found.append(("part of", f"{value.get('n_edges', 'more')} edges"))
+            found += [(f"whole {key}", x) for key, x in known(value) if key not in _COUNTS]
+        elif isinstance(value, str | bool | int | float):
+            shown = cut(visible(_value(name, value)), LONGEST)
+            found.append((visible(str(name)).replace("_", " "), shown))
+    return found
+
+
+_COUNTS = ("n edges", "n nodes")
+
+
+def _value(name: str, value: str | bool | int | float) -> str:
+    if isinstance(value, float):
+        return f"{value:.1%}" if name in SHARES else f"{value:.4g}"
+    return str(value)
+
+
+def _counted(n: int, what: str) -> str:
+    return f"{n:,} {what}" + ("" if n == 1 else "s")
+
+
+def _cell(name: str, value: Any) -> str:
+    if value is None:
+        return ""
+    if name in ("share", "consistency"):
+        return f"{value:.0%}"
+    return f"{value:+.4g}" if name == "measured" else str(value)
