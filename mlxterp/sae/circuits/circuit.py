@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -29,7 +29,8 @@ SHOWN = 10  # edges of a summary
 class Origin(Protocol):
     """What a circuit was found in: it can intervene there."""
 
-    def validate(self, circuit: Circuit, **options: Any) -> Validation: ...
+    @property
+    def validate(self) -> Callable[..., Validation]: ...
 
 
 @dataclass(frozen=True, eq=False)

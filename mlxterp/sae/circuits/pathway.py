@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -64,8 +65,8 @@ class Pathway:
         captured = self.source.run(mx.array(tokens), capture=self._sites, stop=True)
         found = {name: captured[name].astype(mx.float32) for name in self._sites}
         z = self.earlier.encode({name: found[name] for name in self.earlier.reads.names})
-        special = mx.array(np.isin(tokens, list(self.source.special_token_ids)))
-        z = mx.where(special[..., None], 0, z)
+        special: Any = np.isin(tokens, list(self.source.special_token_ids))
+        z = mx.where(mx.array(special)[..., None], 0, z)
         written = mx.concatenate([found[name] for name in self.earlier.writes.names], axis=-1)
         by_features = (self.earlier.decode(z) - self.earlier.b_dec).astype(mx.float32)
         return Clean(mx.array(tokens), found, written, np.array(z.astype(mx.float32)), by_features)
