@@ -55,13 +55,14 @@ def summary(layer: int, reports: list[SteeringReport]) -> str:
     effects = np.array([r.steered.effects[-1] for r in reports])
     random = np.array([[x.effects[-1] for x in r.random] for r in reports])
     others = np.array([r.difference.effects[-1] for r in reports if r.difference])
+    rising = np.mean([_rises(x.effects) for r in reports for x in r.random])
     exact = all(r.steered.perplexities[0] == r.perplexity for r in reports)
     return (
         f"layer {layer}: monotone {sum(r.is_monotone for r in reports)} of {len(reports)}, "
         f"above all random ones {(effects > random.max(axis=1)).sum()} of {len(reports)}; "
         f"median effect {np.median(effects):+.2f} nats, random {np.median(random):+.2f}, "
         f"difference of means {np.median(others):+.2f}; "
-        f"random ones monotone {np.mean([_rises(x.effects) for r in reports for x in r.random]):.0%}; "
+        f"random ones monotone {rising:.0%}; "
         f"perplexity at strength 0 {'is' if exact else 'IS NOT'} the plain one exactly"
     )
 

@@ -14,6 +14,7 @@ from pydoc_data.topics import topics
 
 from mlxterp import InterpretableModel
 from mlxterp.sae import ActivationDataset
+from mlxterp.sae.steering.sweep import peaked_features
 
 SKIPPED = {"test", "tests", "site-packages", "idlelib", "lib2to3", "pydoc_data", "encodings"}
 
@@ -64,15 +65,14 @@ def main() -> None:
         f"\nOn held-out text\n  {fidelity}\n  {loss}\n  {100 * dead:.1f}% of the features are dead"
     )
 
-    for feature_id in sae.collect(max_tokens=200_000).clearest(5):
+    data = sae.collect(max_tokens=200_000)
+    for feature_id in data.clearest(5):
         print(f"\n{sae.visualize_feature(feature_id, top_k=5)}")
 
-    feature_id, value = sae.analyze_text("if x is None:\n    raise").by_token[-1][0]
-    edit = sae.steering_edit(feature_id, strength=value)
-    prompt = "    if x is None:\n       "
-    print(f"\nAfter {prompt!r}, plain and steered with feature {feature_id}, the one for ' raise':")
-    print(f"  plain:   {model.generate(prompt, max_tokens=12).text!r}")
-    print(f"  steered: {model.generate(prompt, max_tokens=12, edit=edit).text!r}")
+    # What a feature writes is in its logit effects, and not in the tokens on which it fires.
+    for feature_id in peaked_features(sae, model, data.firing_rates, n=1):
+        print(f"\n{sae.strength_sweep(feature_id, [text[:400] for text in topics.values()][:8])}\n")
+        print(sae.compare_generations(feature_id, "The function returns", max_tokens=12))
 
     print(f"\n{time.perf_counter() - started:.0f} s; the SAE is in {arguments.save}")
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, cast, overload
 
 import mlx.core as mx
+import numpy as np
 
 from mlxterp.sae.bound import BoundCoder
 from mlxterp.sae.coder import SparseCoder, check_feature
@@ -21,6 +23,8 @@ from mlxterp.sae.similarity import map as feature_maps
 from mlxterp.sae.similarity import matching, nearest
 from mlxterp.sae.source import ActivationSource
 from mlxterp.sae.steering import edits as steering
+from mlxterp.sae.steering.report import Comparison, SteeringReport, compare
+from mlxterp.sae.steering.sweep import strength_sweep
 
 
 class CoderMethods(BoundCoder):
@@ -151,8 +155,15 @@ class CoderMethods(BoundCoder):
     ) -> dict[str, steering.Edit]:
         """Edits that add, clamp, scale or ablate features, in units of the largest values that
         `collect` found: `model.generate(..., edit=...)`; see `steering.steering_edit`."""
-        maxima = None if self.features is None else self.features.maxima
-        return steering.steering_edit(self, features, strength, **{"maxima": maxima, **options})
+        options = {"maxima": self._known_maxima(), **options}
+        return steering.steering_edit(self, features, strength, **options)
+
+    def _known_maxima(self) -> Callable[[], np.ndarray] | None:
+        """The way to the largest values, so that nothing is collected where none is needed."""
+        data = self._training_data
+        if self.features is None and (data is None or None in (data.corpus, data.source)):
+            return None
+        return lambda: self._collected(None).maxima
 
     def splice(
         self,
@@ -162,6 +173,45 @@ class CoderMethods(BoundCoder):
     ) -> dict[str, steering.Edit]:
         """Edits that put the coder in the place of what it describes; see `steering.splice`."""
         return steering.splice(self, features=features, keep_error=keep_error)
+
+    def spliced(
+        self,
+        model: ActivationSource | None = None,
+        *,
+        features: Mapping[int, steering.Change] | None = None,
+        keep_error: bool = False,
+    ) -> AbstractContextManager[None]:
+        """`with sae.spliced(): ...` puts the coder in the place of what it describes in every use
+        of the model, see `splice` and `model.editing`."""
+        edits = self.splice(features=features, keep_error=keep_error)
+        return self.known_model(model).editing(edits)
+
+    def compare_generations(
+        self,
+        features: steering.Features | Mapping[str, Mapping[str, steering.Edit]],
+        prompts: str | Sequence[str],
+        strengths: Sequence[float] = (0.5, 1.0, 2.0),
+        *,
+        model: ActivationSource | None = None,
+        **options: Any,
+    ) -> Comparison:
+        """What the model writes plain and steered, side by side; see `report.compare`."""
+        options = {"maxima": self._known_maxima(), **options}
+        return compare(self, self.known_model(model), features, prompts, strengths, **options)
+
+    def strength_sweep(
+        self,
+        features: steering.Features,
+        texts: Sequence[Any],
+        strengths: Sequence[float] = (0.0, 0.25, 0.5, 1.0, 2.0),
+        *,
+        model: ActivationSource | None = None,
+        **options: Any,
+    ) -> SteeringReport:
+        """What steering does to the predictions on texts at several strengths, beside directions
+        that mean nothing; see `sweep.strength_sweep`."""
+        options = {"maxima": self._known_maxima(), **options}
+        return strength_sweep(self, self.known_model(model), features, texts, strengths, **options)
 
     def input_side(
         self,

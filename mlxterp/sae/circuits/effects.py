@@ -124,24 +124,17 @@ class Look:
     ) -> Iterator[tuple[np.ndarray, list[Attribution]]]:
         """The numbers of some targets at a time, and what they are due to."""
         contexts, columns = np.divmod(positions, self.data.corpus.context)
-        order = np.argsort(contexts, kind="stable")
-        numbers, first = np.unique(contexts[order], return_index=True)
+        numbers, places, counts = np.unique(contexts, return_inverse=True, return_counts=True)
+        # Contexts with equally many targets together: then few derivatives are taken in vain.
+        order = np.argsort(-counts, kind="stable")
+        ranks = np.argsort(order)[places]
         size = self._contexts_per_pass(COTANGENTS_PER_PASS)
         for start in range(0, len(numbers), size):
-            own = numbers[start : start + size]
-            end = first[start + size] if start + size < len(numbers) else len(order)
-            some = order[first[start] : end]
+            some = np.flatnonzero((ranks >= start) & (ranks < start + size))
+            own = numbers[order[start : start + size]]
             clean = self.pathway.clean(self.data.corpus.tokens[own])
-            yield (
-                some,
-                self.pathway.attribute(
-                    clean,
-                    np.searchsorted(own, contexts[some]),
-                    columns[some],
-                    features[some],
-                    n_steps,
-                ),
-            )
+            at = ranks[some] - start, columns[some], features[some]
+            yield some, self.pathway.attribute(clean, *at, n_steps)
 
     def _contexts_per_pass(self, n: int) -> int:
         width = max(self.pathway.earlier.d_out, self.pathway.later.d_in)

@@ -18,12 +18,14 @@ COTANGENTS_PER_PASS = 16
 
 @dataclass(frozen=True, eq=False)
 class Clean:
-    """What a plain pass over some contexts holds: the activations at the sites concerned, what the
-    earlier coder writes `[n_contexts, S, d_out]` and its `codes`, which are zero at special tokens,
-    and what its features write together there, without its bias and its errors."""
+    """What a plain pass over some contexts holds: the activations at the sites concerned, those
+    that the later coder reads and those that the earlier one writes `[n_contexts, S, width]`, the
+    earlier one's `codes`, which are zero at special tokens, and what its features write together,
+    without its bias and its errors."""
 
     tokens: mx.array
     activations: Mapping[str, mx.array]
+    read: mx.array
     written: mx.array
     codes: np.ndarray
     by_features: mx.array
@@ -67,9 +69,13 @@ class Pathway:
         z = self.earlier.encode({name: found[name] for name in self.earlier.reads.names})
         special: Any = np.isin(tokens, list(self.source.special_token_ids))
         z = mx.where(mx.array(special)[..., None], 0, z)
-        written = mx.concatenate([found[name] for name in self.earlier.writes.names], axis=-1)
+        read, written = (
+            mx.concatenate([found[name] for name in columns.names], axis=-1)
+            for columns in (self.later.reads, self.earlier.writes)
+        )
         by_features = (self.earlier.decode(z) - self.earlier.b_dec).astype(mx.float32)
-        return Clean(mx.array(tokens), found, written, np.array(z.astype(mx.float32)), by_features)
+        codes = np.array(z.astype(mx.float32))
+        return Clean(mx.array(tokens), found, read, written, codes, by_features)
 
     def read(self, clean: Clean, written: mx.array) -> mx.array:
         """What the later coder reads `[n_contexts, S, d_in]` where the sites of the earlier one
@@ -95,11 +101,13 @@ class Pathway:
             rows.append(mx.pad(self.later.W_enc[feature].astype(mx.float32), beside))
         return mx.stack(rows)
 
-    def values(self, read: mx.array, contexts, positions, features) -> np.ndarray:
-        """The pre-activations of features of the later coder at positions of contexts."""
+    def values(
+        self, read: mx.array, contexts: np.ndarray, positions: np.ndarray, encoders: mx.array
+    ) -> np.ndarray:
+        """The pre-activations of features of the later coder at positions of contexts, without
+        their biases."""
         x = read[mx.array(contexts), mx.array(positions)]
-        bias = self.later.b_enc[mx.array(features)].astype(mx.float32)
-        return np.array((x * self.encoders(features)).sum(axis=-1) + bias)
+        return np.array((x * encoders).sum(axis=-1))
 
     def attribute(
         self,
@@ -143,13 +151,9 @@ class Pathway:
                 ids, effects = self._effects(clean, context, slopes[mx.array(slots[own]), context])
                 for target, slot, row in zip(some[own], slots[own], effects, strict=True):
                     found[int(target)] = ids, row, float(of_errors[slot, context])
-        rise = [
-            self.values(self.read(clean, x), contexts, positions, features)
-            for x in (clean.written, clean.written - clean.by_features)
-        ]
-        return [
-            Attribution(*found[i], float(rise[0][i] - rise[1][i])) for i in range(len(features))
-        ]
+        without = self.read(clean, clean.written - clean.by_features)
+        rises = self.values(clean.read - without, contexts, positions, encoders)
+        return [Attribution(*found[i], float(rise)) for i, rise in enumerate(rises)]
 
     def _slopes(self, clean: Clean, written: mx.array, cotangents: mx.array) -> mx.array:
         """The derivatives by what is written `[n, n_contexts, S, d_out]` for each cotangent."""
@@ -181,11 +185,8 @@ class Pathway:
         z = mx.array(clean.codes[contexts, :, changed])
         rows = decoder_rows(self.earlier, changed.tolist())
         less = (1 - factor) * z[..., None] * rows[:, None]
-        plain, left = (
-            self.values(self.read(clean, x), contexts, positions, features)
-            for x in (clean.written, clean.written - less)
-        )
-        return plain - left
+        lost = clean.read - self.read(clean, clean.written - less)
+        return self.values(lost, contexts, positions, self.encoders(features))
 
 
 def _turns(contexts: np.ndarray) -> np.ndarray:

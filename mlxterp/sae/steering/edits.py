@@ -19,6 +19,7 @@ Change = float | Callable[[mx.array], mx.array]
 Features = int | Iterable[int] | Mapping[int, float]
 Mode = Literal["add", "clamp", "min_clamp", "scale", "ablate"]
 Unit = Literal["max", "activation"]
+Maxima = np.ndarray | Callable[[], np.ndarray] | None
 
 
 def steer(
@@ -52,7 +53,7 @@ def steering_edit(
     *,
     mode: Mode = "add",
     unit: Unit = "max",
-    maxima: np.ndarray | None = None,
+    maxima: Maxima = None,
     keep_error: bool = True,
     positions: Positions = None,
     phase: Phase | None = None,
@@ -70,10 +71,10 @@ def steering_edit(
         ablate     z'_i = 0
 
     `features` is an id, several, or `{id: strength}`, which `strength` multiplies. The amount `a_i`
-    is the strength times the feature's largest value, `maxima [n_features]`, or with
-    `unit="activation"` the strength itself. Where no `z'_i` differs from `z_i` the activation stays
-    as it is, bit for bit. With `keep_error=False` the coder's reconstruction of the changed code
-    takes its place everywhere, see `splice`.
+    is the strength times the feature's largest value, of `maxima [n_features]` or of what a
+    function returns, or with `unit="activation"` the strength itself. Where no `z'_i` differs from
+    `z_i` the activation stays as it is, bit for bit. With `keep_error=False` the coder's
+    reconstruction of the changed code takes its place everywhere, see `splice`.
 
     All positions are edited, those of special tokens too, or only `positions`: absolute ones, or
     counted from the end of the prompt where they are negative; several or a slice. `phase` limits
@@ -94,7 +95,8 @@ def steering_edit(
     if mode == "ablate" and any(value != 1 for value in strengths.values()):
         raise ValueError(f"mode='ablate' has no strength, got {strengths}.")
     if unit == "max" and mode not in ("scale", "ablate"):
-        strengths = {i: value * _maximum(coder, maxima, i) for i, value in strengths.items()}
+        known = maxima() if callable(maxima) else maxima
+        strengths = {i: value * _maximum(coder, known, i) for i, value in strengths.items()}
     if mode == "add" and keep_error:
         return _additions(coder, strengths, places, site)
     changes = {i: _change(mode, amount) for i, amount in strengths.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -43,18 +43,14 @@ class Comparison:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The texts by prompt and name."""
-        return {
-            prompt: dict(zip(self.names, texts, strict=True))
-            for prompt, texts in zip(self.prompts, self.texts, strict=True)
-        }
+        """Everything, as plain values."""
+        return asdict(self)
 
     def __repr__(self) -> str:
-        lines = []
-        for prompt, texts in self.to_dict().items():
-            width = max(map(len, texts))
+        lines, width = [], max(map(len, self.names))
+        for prompt, texts in zip(self.prompts, self.texts, strict=True):
             lines += [f"After {prompt!r}"]
-            lines += [f"  {name:<{width}}  {text!r}" for name, text in texts.items()]
+            lines += [f"  {n:<{width}}  {t!r}" for n, t in zip(self.names, texts, strict=True)]
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -64,8 +60,8 @@ class Comparison:
 def compare(
     coder: SparseCoder,
     source: ActivationSource,
-    prompts: str | Sequence[str],
     features: Features | Mapping[str, Edits],
+    prompts: str | Sequence[str],
     strengths: Sequence[float] = (0.5, 1.0, 2.0),
     *,
     max_tokens: int = 40,
@@ -137,7 +133,7 @@ class Response:
         arrays = {"effects": self.effects, "specificity": self.specificity, "kl": self.kl,
                   "perplexities": self.perplexities}  # fmt: skip
         return {"name": self.name} | {
-            name: [x if np.isfinite(x) else None for x in a.tolist()] for name, a in arrays.items()
+            name: [_finite(x) for x in a.tolist()] for name, a in arrays.items()
         }
 
 
@@ -169,7 +165,7 @@ class SteeringReport:
 
     @property
     def slope(self) -> float:
-        """Nats that the targets gain for each unit of strength, by least squares."""
+        """Nats that the targets gain for each unit of strength, by least squares; NaN for one."""
         return _slope(self.strengths, self.steered.effects)
 
     @property
@@ -189,15 +185,17 @@ class SteeringReport:
     def _title(self) -> str:
         which = ", ".join(map(str, self.features))
         tokens = "  ".join(map(repr, self.targets))
-        slopes = f"slope {self.slope:+.2f} nats per unit of strength"
-        if self.random:
-            mean, sd = self.random_slopes.mean(), self.random_slopes.std()
-            slopes += f", random directions {mean:+.2f} ± {sd:.2f}"
-        return (
+        title = (
             f"Steering with {which}: {tokens}\n"
             f"plain: log-probability {self.logprob:.2f}, perplexity {self.perplexity:.2f} "
-            f"({self.n_tokens:,} tokens); {slopes}"
+            f"({self.n_tokens:,} tokens)"
         )
+        if len(self.strengths) > 1:
+            title += f"; slope {self.slope:+.2f} nats per unit of strength"
+            if self.random:
+                mean, sd = self.random_slopes.mean(), self.random_slopes.std()
+                title += f", random directions {mean:+.2f} ± {sd:.2f}"
+        return title
 
     def _cells(self, i: int) -> list[str]:
         mine = self.steered
@@ -225,7 +223,7 @@ class SteeringReport:
             "n_tokens": self.n_tokens,
             "logprob": self.logprob,
             "perplexity": self.perplexity,
-            "slope": self.slope,
+            "slope": _finite(self.slope),
             "monotone": self.is_monotone,
             "steered": self.steered.to_dict(),
             "random": [response.to_dict() for response in self.random],
@@ -242,12 +240,13 @@ class SteeringReport:
         """The effect on the targets by strength, and by what it costs, in nats of divergence."""
         figure = new_figure(9.0, 3.8)
         by_strength, by_cost = figure.subplots(1, 2, sharey=True)
-        responses = [(r, COLOURS[6], 1.0) for r in self.random]
-        responses += [(self.difference, COLOURS[1], 1.8)] if self.difference else []
+        drawn = [(r, "random directions", COLOURS[6], 1.0) for r in self.random]
+        drawn += [(r, r.name, COLOURS[1], 1.8) for r in (self.difference,) if r]
+        drawn += [(self.steered, "steered", COLOURS[0], 1.8)]
         order = np.argsort(self.strengths)
-        for response, colour, width in [*responses, (self.steered, COLOURS[0], 1.8)]:
+        for response, label, colour, width in drawn:
             style: dict[str, Any] = {"color": colour, "linewidth": width, "marker": "o"}
-            style |= {"markersize": 3.5, "label": response.name}
+            style |= {"markersize": 3.5, "label": label}
             by_strength.plot(np.array(self.strengths)[order], response.effects[order], **style)
             by_cost.plot(response.kl[order], response.effects[order], **style)
         by_strength.set_ylabel("change of the targets' log-probability (nats)", fontsize=9)
@@ -260,6 +259,10 @@ class SteeringReport:
             ax.spines[["top", "right"]].set_visible(False)
             ax.tick_params(labelsize=9)
         return figure
+
+
+def _finite(x: float) -> float | None:
+    return x if np.isfinite(x) else None
 
 
 def _slope(strengths: Sequence[float], effects: np.ndarray) -> float:

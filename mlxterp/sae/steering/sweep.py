@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from mlxterp.sae.coder import SparseCoder
 from mlxterp.sae.corpus import encoded
-from mlxterp.sae.model_pair import owner
+from mlxterp.sae.features.logit_effects import decoder_rows, logit_directions, written
 from mlxterp.sae.source import ActivationSource
 from mlxterp.sae.steering.edits import Edit, Features, feature_strengths, steering_edit
 from mlxterp.sae.steering.report import Response, SteeringReport, of_one_model
@@ -19,7 +19,9 @@ from mlxterp.sae.steering.report import Response, SteeringReport, of_one_model
 TOKENS_PER_PASS = 1024
 FEATURES_PER_PASS = 256
 DIFFERENCE = "difference of means"
+LEAST = -1e30  # a log-probability of which the exponential is 0, and differences are finite
 Rows = list[list[int]]
+Direction = dict[Any, np.ndarray]  # by site
 
 
 def strength_sweep(
@@ -48,32 +50,36 @@ def strength_sweep(
 
     Texts, or lists of token ids, are read up to `context_length` tokens. Padding and special tokens
     are not scored. `options` are those of `steering_edit`. Raises `ValueError` where there is no
-    text or strength, and for a target that is not one token.
+    text, strength or target, for a target that is not one token, and for features that write
+    several models where no site is named.
 
     Reference: Wu et al. 2025, arXiv 2501.17148 (difference of means as the baseline).
     """
     if not len(strengths) or len(set(strengths)) < len(strengths):
         raise ValueError(f"strengths must be one or more, each once, got {list(strengths)}.")
-    given = (steering_edit(coder, features, s, **options) for s in strengths)
-    owned = [of_one_model(source, edits) for edits in given]
-    model, edits = owned[0][0], [edits for _, edits in owned]
-    written = {owner(source, name)[1]: name for name in coder.writes.names}
-    sites = {site: name for site, name in written.items() if site in edits[0]}
+    given = [steering_edit(coder, features, s, **options) for s in strengths]
+    names = [name for name in coder.writes.names if name in given[0]]
+    model, sites = written(coder, source, names)
+    edits = [of_one_model(source, edit)[1] for edit in given]
     if targets is None:
-        ids = promoted(coder, model, features, n_targets, [*sites.values()])
+        ids = promoted(coder, source, features, n_targets, names)
     else:
         ids = [_token_id(model, target) for target in targets]
-    directions = _random_directions(model, sites, n_random, seed)
+    if not ids:
+        raise ValueError("targets must be at least one token.")
+    directions = _random_directions(model, sites.values(), n_random, seed)
     if len(positive) or len(negative):
-        means = [
-            _means(model, sites, _rows(model, t, context_length)) for t in (positive, negative)
-        ]
-        directions[DIFFERENCE] = {site: means[0][site] - means[1][site] for site in sites}
-    arms = [{}, *edits]
-    for direction in directions.values():
-        for s, edit in zip(strengths, edits, strict=True):
-            turned = {site: _along(edit[site], direction[site], s) for site in sites}
-            arms.append({**edit, **turned})
+        directions[DIFFERENCE] = _difference(
+            model, sites.values(), _rows(model, positive, context_length),
+            _rows(model, negative, context_length),
+        )  # fmt: skip
+    (row,) = decoder_rows(coder, [feature_strengths(coder, features)])
+    rows = {inner: coder.writes.take(row, (name,)) for name, inner in sites.items()}
+    arms = [{}, *edits] + [
+        {**edit, **{site: _turned(edit[site], rows[site], along[site]) for site in rows}}
+        for along in directions.values()
+        for edit in edits
+    ]
     plain, *found = _measure(model, _rows(model, texts, context_length), arms)
     responses = [
         _response(name, found[i * len(strengths) :][: len(strengths)], plain, ids)
@@ -104,60 +110,44 @@ def peaked_features(
 ) -> list[int]:
     """The features to steer with: those whose effect on one token's logit stands out most.
 
-    That is `(logit - mean) / sd` over the vocabulary, of the token that each promotes most or of
-    the `token` given, read by the model's final norm and head. Only features that fire on a share
-    of the tokens within `rates` are considered; fewer than `n` are found where there are not more.
+    That is `(logit - mean) / sd` over the vocabulary, of the token, no special one, that each
+    promotes most or of the `token` given, read by the model's final norm and head. Only features
+    that fire on a share of the tokens within `rates` are considered; fewer than `n` are found where
+    there are not more.
     """
-    names = coder.writes.names if site is None else coder.writes.only(site).names
-    model = owner(source, names[0])[0]
-    low, high = rates
+    model, (low, high) = written(coder, source, site)[0], rates
+    chosen = None if token is None else _token_id(model, token)
     candidates = np.flatnonzero((firing_rates >= low) & (firing_rates <= high))
     scores = np.zeros(len(candidates))
     for start in range(0, len(candidates), FEATURES_PER_PASS):
         some = candidates[start : start + FEATURES_PER_PASS]
-        logits = _logits(coder, model, [{int(i): 1.0} for i in some], names)
-        peaks = logits.max(axis=1) if token is None else logits[:, _token_id(model, token)]
-        scores[start : start + len(some)] = (peaks - logits.mean(axis=1)) / logits.std(axis=1)
+        logits = logit_directions(coder, source, some.tolist(), site)
+        mean, sd = logits.mean(axis=1), logits.std(axis=1)
+        logits[:, [i for i in model.special_token_ids if i < logits.shape[1]]] = -np.inf
+        peaks = logits.max(axis=1) if chosen is None else logits[:, chosen]
+        scores[start : start + len(some)] = (peaks - mean) / sd
     return candidates[np.argsort(-scores, kind="stable")[:n]].tolist()
-
-
-def _logits(
-    coder: SparseCoder,
-    model: ActivationSource,
-    combinations: Sequence[Mapping[int, float]],
-    names: Sequence[str],
-) -> np.ndarray:
-    """What sums of decoder rows do to the logits `[n_combinations, vocabulary]`, by themselves."""
-    rows = [
-        sum(
-            (
-                s * coder.writes.take(coder.direction(i), (name,))
-                for i, s in c.items()
-                for name in names
-            ),
-            start=mx.array(0.0),
-        )
-        for c in combinations
-    ]
-    return np.array(model.unembed(mx.stack(rows)).astype(mx.float32))
 
 
 def promoted(
     coder: SparseCoder,
-    model: ActivationSource,
+    source: ActivationSource,
     features: Features,
     n: int,
-    names: Sequence[str],
+    sites: str | Sequence[str] | None = None,
 ) -> list[int]:
     """The `n` tokens, special ones left out, that the decoder rows of features promote most, summed
-    over the sites `names` and read by the model's final norm and head."""
-    (logits,) = _logits(coder, model, [feature_strengths(coder, features)], names)
-    logits[[i for i in model.special_token_ids if i < len(logits)]] = -np.inf
-    return np.argsort(-logits, kind="stable")[:n].tolist()
+    over the sites and read by the model's final norm and head."""
+    (logits,) = logit_directions(coder, source, [feature_strengths(coder, features)], sites)
+    special = written(coder, source, sites)[0].special_token_ids
+    ids = np.argsort(-logits, kind="stable").tolist()
+    return [i for i in ids if i not in special][:n]
 
 
 def _token_id(model: ActivationSource, target: str | int) -> int:
     if not isinstance(target, str):
+        if target < 0:
+            raise ValueError(f"A target must be a token id of 0 or more, got {target}.")
         return int(target)
     ids = [i for i in model.encode_batch([target])[0] if i not in model.special_token_ids]
     if len(ids) != 1:
@@ -194,8 +184,8 @@ def _counts(model: ActivationSource, batch: Rows) -> tuple[mx.array, mx.array]:
 
 
 def _random_directions(
-    model: ActivationSource, sites: Mapping[Any, str], n: int, seed: int
-) -> dict[str, dict[Any, np.ndarray]]:
+    model: ActivationSource, sites: Collection[Any], n: int, seed: int
+) -> dict[str, Direction]:
     rng = np.random.default_rng(seed)
     return {
         f"random {i + 1}": {site: rng.normal(size=model.width(site)) for site in sites}
@@ -203,7 +193,14 @@ def _random_directions(
     }
 
 
-def _means(model: ActivationSource, sites: Mapping[Any, str], rows: Rows) -> dict[Any, np.ndarray]:
+def _difference(
+    model: ActivationSource, sites: Collection[Any], positive: Rows, negative: Rows
+) -> Direction:
+    means = [_means(model, sites, rows) for rows in (positive, negative)]
+    return {site: means[0][site] - means[1][site] for site in sites}
+
+
+def _means(model: ActivationSource, sites: Collection[Any], rows: Rows) -> Direction:
     """The mean activation at each site over the tokens that count."""
     totals, n = {site: np.zeros(model.width(site)) for site in sites}, 0
     for batch in _batches(rows):
@@ -216,15 +213,17 @@ def _means(model: ActivationSource, sites: Mapping[Any, str], rows: Rows) -> dic
     return {site: total / max(1, n) for site, total in totals.items()}
 
 
-def _along(edit: Edit, direction: np.ndarray, sign: float) -> Edit:
-    """An edit by as much as `edit` at every position, but in another direction."""
-    unit = mx.array(np.sign(sign) * direction / np.linalg.norm(direction), dtype=mx.float32)
+def _turned(edit: Edit, row: mx.array, direction: np.ndarray) -> Edit:
+    """An edit by as much as `edit`, which goes along a decoder row or against it, at every
+    position, but along another direction or against that."""
+    unit = mx.array(direction / np.linalg.norm(direction), dtype=mx.float32)
 
     def turned(x: mx.array, context: Any = None) -> mx.array:
         real = x.astype(mx.float32)
         change = edit(x, context).astype(mx.float32) - real
         norm = mx.linalg.norm(change, axis=-1, keepdims=True)
-        return mx.where(norm > 0, (real + norm * unit).astype(x.dtype), x)
+        sign = mx.sign((change * row).sum(axis=-1, keepdims=True))
+        return mx.where(norm > 0, (real + sign * norm * unit).astype(x.dtype), x)
 
     return turned
 
@@ -245,9 +244,9 @@ class _Sums:
 
     def add(self, logprobs: mx.array, plain: mx.array, tokens: mx.array, counts: mx.array) -> None:
         """Log-probabilities `[B, S, vocabulary]` of this pass and of the plain one."""
-        here, p = counts[..., None], mx.exp(plain)
+        here = counts[..., None]
         total = mx.where(here, logprobs, 0).sum(axis=(0, 1))
-        kl = mx.where(here & (p > 0), p * (plain - logprobs), 0).sum()
+        kl = mx.where(here, mx.exp(plain) * (plain - logprobs), 0).sum()
         chosen = mx.take_along_axis(logprobs[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
         loss = mx.where(counts[:, 1:], -chosen, 0).sum()
         sums = mx.stack([kl, loss, counts.sum(), counts[:, 1:].sum()])
@@ -270,7 +269,7 @@ def _measure(model: ActivationSource, rows: Rows, arms: Sequence[Mapping]) -> li
         plain = None
         for arm, total in zip(arms, sums, strict=True):
             logits = model.run(batch, edit=arm).output.astype(mx.float32)
-            logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+            logprobs = mx.maximum(logits - mx.logsumexp(logits, axis=-1, keepdims=True), LEAST)
             plain = logprobs if plain is None else plain
             total.add(logprobs, plain, tokens, counts)
     return [total.per_token() for total in sums]

@@ -1,8 +1,11 @@
+from types import SimpleNamespace
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from mlxterp import InterpretableModel
+from mlxterp.sae import SAE, ActivationDataset, SAEConfig
 from mlxterp.sae.coder import Columns, SparseCoder
 from mlxterp.sae.cross_layer import CrossLayerTranscoder
 from mlxterp.sae.steering.edits import splice, steer, steering_edit
@@ -82,6 +85,46 @@ def test_a_steered_generation_differs_and_strength_zero_does_not(sae, model):
 
     assert generate(0.0) == plain
     assert generate(100.0) != plain
+
+
+def test_the_largest_values_are_collected_where_they_are_needed_and_only_there(
+    sae, model, monkeypatch
+):
+    collected = []
+    data = SimpleNamespace(maxima=np.full(sae.n_features, 2.5))
+    monkeypatch.setattr(sae, "_features", None)
+    monkeypatch.setattr(
+        type(sae), "_collected", lambda self, model: collected.append(model) or data
+    )
+    for options in ({"mode": "scale"}, {"mode": "ablate"}, {"unit": "activation"}):
+        sae.steering_edit(11, **options)
+    sae.steering_edit(11, maxima=np.ones(sae.n_features))
+    assert not collected
+    x = mx.zeros((1, 2, 128))
+    in_units = sae.steering_edit(11, 2.0)[sae.site](x)
+    assert collected == [None]
+    assert mx.array_equal(in_units, sae.steering_edit(11, 5.0, unit="activation")[sae.site](x))
+    arrays = ActivationDataset.from_activations({sae.site: mx.zeros((4, 128))})
+    for no_texts in (None, arrays):
+        monkeypatch.setattr(sae, "_training_data", no_texts)
+        with pytest.raises(ValueError, match=r"call sae.collect\(dataset\) first"):
+            sae.steering_edit(11, 2.0)
+
+
+def test_a_coder_is_spliced_in_while_the_block_is_open(sae, model):
+    prompt = "The function returns"
+    plain = model.run(prompt).output
+    for options in ({}, {"keep_error": True, "features": {11: 9.0}}):
+        expected = model.run(prompt, edit=sae.splice(**options)).output
+        with sae.spliced(**options):
+            assert mx.array_equal(model.run(prompt).output, expected)
+        with sae.spliced(model, **options):
+            assert mx.array_equal(model.run(prompt).output, expected)
+        assert not mx.array_equal(expected, plain)
+        assert mx.array_equal(model.run(prompt).output, plain)
+    unbound = SAE.untrained(sae.reads, sae.writes, SAEConfig())
+    with pytest.raises(ValueError, match="does not know its language model"):
+        unbound.spliced()
 
 
 def test_activations_of_numpy_are_taken():
