@@ -5,10 +5,10 @@
 An SAE is trained on the bundled model with the defaults of `train_sae`. Examples of a property are
 drawn at random, each from another document, and given as `(before, part)` or, for comparison, as
 the whole line without a mark. Training (and what the examples are compared with), examples and the
-evaluation have different documents. A property is found where in each of the ten contexts of the
-held-out text in which the feature is strongest its peak has the property. Beside it: the share of
-all tokens that have the property, the same count for a random feature, which is the mean over all
-features, and for the best feature there is, which no search can exceed.
+evaluation have different documents. A property is found where in at least eight of the ten contexts
+of the held-out text in which the feature is strongest its peak has the property. Beside it: the
+share of all tokens that have the property, the same count for a random feature, which is the mean
+over all features, and for the best feature there is, which no search can exceed.
 
 The score and the layer were chosen on the properties and documents of `--development`, which are
 others than those evaluated, with eight examples and eight draws. Of twelve properties were found by
@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from quickstart import python_texts
 
 CONTEXT, EVALUATED = 128, 250_000  # tokens of held-out text
-TOP = 10
+TOP, ENOUGH = 10, 8
 TRAINING = slice(0, 250)  # documents
 PARTS = {False: (slice(350, 420), slice(420, None)), True: (slice(250, 300), slice(300, 350))}
 BEFORE, LONGEST = 200, 200  # characters of an example
@@ -122,7 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layer", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=600_000, help="tokens of text to train on")
-    parser.add_argument("--examples", type=int, default=8)
+    parser.add_argument("--examples", type=int, default=20)
     parser.add_argument("--draws", type=int, default=5, help="of the examples")
     parser.add_argument("--development", action="store_true", help="see above")
     parser.add_argument("--sae", type=Path, help="use this SAE, and train none")
@@ -166,10 +166,10 @@ def main() -> None:
             flush=True,
         )
     for form, numbers in found.items():
-        all_ten, nine = ((np.array(numbers) >= n).sum(axis=0).tolist() for n in (TOP, TOP - 1))
+        eight, all_ten = ((np.array(numbers) >= n).sum(axis=0).tolist() for n in (ENOUGH, TOP))
         print(
-            f"{form}: of {len(properties)} properties {all_ten} have all ten, in the draws, mean "
-            f"{np.mean(all_ten):.1f}; {nine} nine or more"
+            f"{form}: of {len(properties)} properties {eight} are found, in the draws, mean "
+            f"{np.mean(eight):.1f}; {all_ten} with all ten"
         )
     print(f"{time.perf_counter() - started:.0f} s")
 
