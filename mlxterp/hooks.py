@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,20 +15,30 @@ import mlx.nn as nn
 
 Before = Callable[[tuple, dict], tuple[tuple, dict]]
 After = Callable[[Any], Any]
+Around = Callable[..., Any]  # of the function, and what it is called with
 Key = int | str  # of a positional or a named argument
 
 _open: ContextVar[tuple[Hooks, ...]] = ContextVar("mlxterp_open_hooks", default=())
 _active: ContextVar[tuple[Hooks, ...]] = ContextVar("mlxterp_hooks", default=())  # which act
 _lock = threading.Lock()
 _hooked: dict[int, int] = {}  # id of a module -> number of open Hooks that hold it alive
+_FUNCTIONS: dict[str, Any] = {
+    "rms_norm": mx.fast,
+    "layer_norm": mx.fast,
+    "scaled_dot_product_attention": mx.fast,
+    "softmax": mx,
+}
+_originals: dict[str, Callable[..., Any]] = {}  # of the functions that are hooked
+_hooked_functions: Counter[str] = Counter()
 
 
 class Hooks:
-    """Functions to call around the modules of a model, while open and in this context only.
+    """Functions to call around modules and MLX's own, while open and in this context only.
 
     A module with hooks has its class swapped for a subclass that consults the hooks open in the
     current context. The original class returns when the last one closes, so the tree of modules,
-    `parameters()` and `isinstance` never notice, and other threads are not affected.
+    `parameters()` and `isinstance` never notice, and other threads are not affected. A function
+    with hooks, such as `mx.fast.rms_norm`, is likewise replaced until the last one closes.
 
     Hooks of a `subject` that have `standing` edits are for whoever uses it while they are open:
     they do not act while later hooks of the subject are open, which are to include these edits.
@@ -38,6 +49,7 @@ class Hooks:
         self.standing = standing
         self.before: dict[int, Before] = {}
         self.after: dict[int, After] = {}
+        self.around: dict[int | str, Around] = {}
         self._modules: dict[int, nn.Module] = {}
 
     def add_before(self, module: nn.Module, function: Before) -> None:
@@ -50,10 +62,20 @@ class Hooks:
         self._modules[id(module)] = module
         self.after[id(module)] = _chain_after(self.after.get(id(module)), function)
 
+    def add_around(self, what: nn.Module | str, function: Around) -> None:
+        """Call `function(original, *args, **kwargs)` in the place of a module, or of MLX's own
+        function of this name; a later one replaces an earlier one."""
+        if isinstance(what, nn.Module):
+            self._modules[id(what)] = what
+        elif what not in _FUNCTIONS:
+            raise ValueError(f"function must be one of {', '.join(_FUNCTIONS)}, not {what!r}")
+        self.around[what if isinstance(what, str) else id(what)] = function
+
     def clear(self) -> None:
         """Forget all functions, which often refer back to their owner and would keep it alive."""
         self.before.clear()
         self.after.clear()
+        self.around.clear()
         self._modules.clear()
 
     def __enter__(self) -> Hooks:
@@ -62,6 +84,11 @@ class Hooks:
                 if key not in _hooked:
                     _set_class(module, _hooked_class(type(module)))
                 _hooked[key] = _hooked.get(key, 0) + 1
+            for name in self._functions():
+                if not _hooked_functions[name]:
+                    _originals[name] = getattr(_FUNCTIONS[name], name)
+                    setattr(_FUNCTIONS[name], name, _hooked_function(name, _originals[name]))
+                _hooked_functions[name] += 1
         _set_open((*_open.get(), self))
         return self
 
@@ -74,6 +101,13 @@ class Hooks:
                 if _hooked[key] == 0:
                     del _hooked[key]
                     _set_class(module, original_class(module))
+            for name in self._functions():
+                _hooked_functions[name] -= 1
+                if not _hooked_functions[name]:
+                    setattr(_FUNCTIONS[name], name, _originals.pop(name))
+
+    def _functions(self) -> list[str]:
+        return [what for what in self.around if isinstance(what, str)]
 
 
 @contextmanager
@@ -134,7 +168,7 @@ def _hooked_class(original: type) -> type:
         for hooks in active:
             if before := hooks.before.get(key):
                 args, kwargs = before(args, kwargs)
-        output = call(self, *args, **kwargs)
+        output = _call_around(active, key, functools.partial(call, self), args, kwargs)
         for hooks in active:
             if after := hooks.after.get(key):
                 output = after(output)
@@ -161,6 +195,23 @@ def _hooked_class(original: type) -> type:
         },
     )
     return cls_hooked
+
+
+def _hooked_function(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return _call_around(_active.get(), name, original, args, kwargs)
+
+    return call
+
+
+def _call_around(
+    active: tuple[Hooks, ...], key: int | str, function: Around, args: tuple, kwargs: dict
+) -> Any:
+    for hooks in active:
+        if around := hooks.around.get(key):
+            function = functools.partial(around, function)
+    return function(*args, **kwargs)
 
 
 def first_array(value: Any) -> mx.array | None:

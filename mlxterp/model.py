@@ -15,7 +15,10 @@ import numpy as np
 
 from mlxterp import analysis, loading, tokenization, tracing
 from mlxterp.architecture import Architecture
+from mlxterp.attention import Attention, attention
+from mlxterp.constants import Recording
 from mlxterp.editing import editing
+from mlxterp.freezing import frozen, record
 from mlxterp.generation import GenerationStream
 from mlxterp.sae.base import BaseSAE
 from mlxterp.sae.checkpoint import load_sae
@@ -26,13 +29,14 @@ from mlxterp.sae.dataset import ActivationDataset
 from mlxterp.sae.sae import SAE, SAETrainer
 from mlxterp.sae.transcoder import Transcoder, TranscoderTrainer
 from mlxterp.sites import Site, SiteTable
+from mlxterp.tokenization import TextMethods
 from mlxterp.trace import LayerListProxy, OutputProxy, Trace
 from mlxterp.tracing import Captured, Edit, Gradients, Plan, Spelling, make_plan
 
 Edits = Mapping[Any, "Edit | Sequence[Edit]"]
 
 
-class InterpretableModel:
+class InterpretableModel(TextMethods):
     """An MLX language model whose activations can be read, edited and differentiated.
 
     `model` is a name on the Hugging Face Hub, a local directory, or any MLX module. `layer_attr`
@@ -258,6 +262,34 @@ class InterpretableModel:
         """
         return editing(self.architecture, edits)
 
+    def attention(
+        self,
+        tokens: Any,
+        layers: int | Iterable[int] | None = None,
+        *,
+        edit: Edits | None = None,
+        **kwargs: Any,
+    ) -> Attention:
+        """The exact `q`, `k`, `v`, `pattern` and `z` of each head: `attention[layer].pattern`.
+
+        All layers that have softmax attention where None are named; see `AttentionHeads`.
+        """
+        ids, mask = self.tokens(tokens)
+        plan = make_plan(self.architecture, edit=edit)
+        return attention(self.architecture, ids, layers, plan, mask=mask, **kwargs)
+
+    def frozen(self, at: Any = None) -> AbstractContextManager[None]:
+        """Hold attention patterns and the scales of norms constant: `with model.frozen(): ...`.
+
+        With nothing `at` values stay as they are and derivatives take them as constants; with
+        tokens, or a `Recording` of them, they are those of a plain pass `at` these tokens in every
+        pass of the block. See `mlxterp.freezing.frozen`, and `check` for where that is affine.
+        """
+        if at is not None and not isinstance(at, Recording):
+            ids, mask = self.tokens(at)
+            at = record(self.architecture, ids, mask=mask)
+        return frozen(self.architecture, at)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
 
@@ -285,40 +317,6 @@ class InterpretableModel:
         return analysis.get_token_predictions(
             self, hidden_state, top_k, return_scores, embedding_layer, lm_head
         )
-
-    def encode(self, text: str) -> list[int]:
-        """The token ids of `text`, with the special tokens that the tokenizer adds."""
-        return tokenization.encode(self.tokenizer, text)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The token ids of each text, not padded."""
-        return tokenization.encode_batch(self.tokenizer, texts)
-
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """The token ids of a chat, by the tokenizer's chat template."""
-        return tokenization.encode_chat(self.tokenizer, messages)
-
-    def decode(self, tokens: Sequence[int] | mx.array) -> str:
-        """The text of token ids."""
-        return tokenization.decode(self.tokenizer, tokens)
-
-    def token_to_str(self, token_id: int) -> str:
-        """The text of one token."""
-        return tokenization.decode(self.tokenizer, [token_id])
-
-    def to_str_tokens(
-        self, input: str | Sequence[int] | mx.array, prepend_bos: bool = False
-    ) -> list[str]:
-        """Each token of a text or of token ids as text; of a batch, the first row.
-
-        `prepend_bos` puts the first token of a document before a text that lacks it.
-        """
-        if isinstance(input, str):
-            input = self.encode(input)
-            bos = getattr(self.tokenizer, "bos_token_id", None)
-            if prepend_bos and bos is not None and input[0] != bos:
-                input = [bos, *input]
-        return tokenization.pieces(self.tokenizer, input)
 
     def train_sae(
         self,

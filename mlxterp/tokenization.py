@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -242,3 +242,43 @@ def _piece(tokenizer: Any, token_id: int) -> str:
 def special_ids(tokenizer: Any) -> frozenset[int]:
     """The ids that stand for no text, such as those that begin, end and pad a document."""
     return frozenset(int(i) for i in getattr(tokenizer, "all_special_ids", None) or ())
+
+
+class TextMethods:
+    """What a model with a `tokenizer` does with text."""
+
+    tokenizer: Any
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of `text`, with the special tokens that the tokenizer adds."""
+        return encode(self.tokenizer, text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The token ids of each text, not padded."""
+        return encode_batch(self.tokenizer, texts)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """The token ids of a chat, by the tokenizer's chat template."""
+        return encode_chat(self.tokenizer, messages)
+
+    def decode(self, tokens: Sequence[int] | mx.array) -> str:
+        """The text of token ids."""
+        return decode(self.tokenizer, tokens)
+
+    def token_to_str(self, token_id: int) -> str:
+        """The text of one token."""
+        return decode(self.tokenizer, [token_id])
+
+    def to_str_tokens(
+        self, input: str | Sequence[int] | mx.array, prepend_bos: bool = False
+    ) -> list[str]:
+        """Each token of a text or of token ids as text; of a batch, the first row.
+
+        `prepend_bos` puts the first token of a document before a text that lacks it.
+        """
+        if isinstance(input, str):
+            input = self.encode(input)
+            bos = getattr(self.tokenizer, "bos_token_id", None)
+            if prepend_bos and bos is not None and input[0] != bos:
+                input = [bos, *input]
+        return pieces(self.tokenizer, input)

@@ -171,3 +171,43 @@ def test_copies_made_while_hooked_are_of_the_model_itself(duplicate):
         assert not mx.array_equal(twin(mx.ones((1, 3))), mx.zeros((1, 3)))
     assert mx.array_equal(twin.weight, layer.weight)
     assert twin is not layer
+
+
+def test_functions_of_mlx_are_replaced_while_hooks_are_open_in_this_context():
+    x = mx.array([[3.0, 4.0]])
+    original, plain = mx.fast.rms_norm, mx.fast.rms_norm(x, None, 0.0)
+    double, more, found = Hooks(), Hooks(), []
+    double.add_around("rms_norm", lambda function, *args: function(*args) * 2)
+    more.add_around("rms_norm", lambda function, *args: function(*args) + 1)
+    with double:
+        with more:
+            assert mx.array_equal(mx.fast.rms_norm(x, None, 0.0), plain * 2 + 1)
+        assert mx.array_equal(nn.RMSNorm(2, eps=1e-12)(x), plain * 2)
+        thread = threading.Thread(
+            target=lambda: found.append(mx.fast.rms_norm(x, None, 0.0).tolist())
+        )
+        thread.start()
+        thread.join()
+    assert found == [plain.tolist()]
+    assert mx.fast.rms_norm is original
+    with pytest.raises(ValueError, match="function must be one of rms_norm.*'tanh'"):
+        Hooks().add_around("tanh", print)
+
+
+def test_a_module_is_called_around_also_where_it_fails():
+    layer, seen = nn.Linear(3, 3), []
+
+    def around(function, *args):
+        try:
+            return function(*args) * 2
+        finally:
+            seen.append(len(args))
+
+    hooks = Hooks()
+    hooks.add_around(layer, around)
+    expected = layer(mx.ones((1, 3))) * 2
+    with hooks:
+        assert mx.array_equal(layer(mx.ones((1, 3))), expected)
+        with pytest.raises(ValueError):
+            layer(mx.ones((1, 4)))
+    assert seen == [1, 1]

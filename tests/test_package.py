@@ -14,10 +14,10 @@ import mlxterp.sae
 ROOT = Path(mlxterp.__file__).parent.parent
 # A module may import modules of earlier lines and, without a circle, of its own line.
 ORDER = """
-backend version
+backend version notebook
 sites interventions tokenization hooks probing dataflow architecture loading
 sae.kernels sae.activation_functions sae.files sae.gpu_sources sae.gpu_kernels sae.interrupts
-tracing editing trace generation analysis
+tracing editing attention constants freezing trace generation analysis
 sae.config sae.coder sae.run_state sae.memory sae.demand
 sae.processes sae.parallel
 sae.losses sae.optimizer
@@ -28,7 +28,12 @@ sae.source sae.forward_order sae.model_pair sae.documents sae.dataset_info sae.s
 sae.corpus sae.harvest sae.cleaning sae.diversity sae.curation
 sae.store sae.caching sae.serving sae.dataset
 sae.features sae.similarity sae.steering sae.labels
-sae.callbacks sae.visualization sae.metadata sae.steering.places sae.steering.edits sae.evals
+sae.visualization.style
+sae.visualization.training
+sae.visualization.matrices sae.visualization.measures
+sae.visualization.lenses
+sae.visualization
+sae.callbacks sae.metadata sae.steering.places sae.steering.edits sae.evals
 sae.features.display sae.features.examples sae.features.codes sae.features.data
 sae.features.collection sae.features.logit_effects sae.features.attribution sae.features.peaks
 sae.features.analysis sae.features.interpretation sae.features.search
