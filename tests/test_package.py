@@ -28,13 +28,13 @@ sae.source sae.forward_order sae.model_pair sae.documents sae.dataset_info sae.s
 sae.corpus sae.harvest sae.cleaning sae.diversity sae.curation
 sae.store sae.caching sae.serving sae.dataset
 sae.features sae.similarity sae.steering sae.labels
-sae.visualization.style
-sae.visualization.training
+sae.visualization.fonts sae.visualization.style sae.visualization.training
 sae.visualization.matrices sae.visualization.measures
 sae.visualization.lenses
 sae.visualization
 sae.callbacks sae.metadata sae.steering.places sae.steering.edits sae.evals
-sae.features.display sae.features.examples sae.features.codes sae.features.data
+sae.features.display sae.features.examples sae.features.codes sae.features.co_occurrence
+sae.features.data sae.features.card
 sae.features.collection sae.features.logit_effects sae.features.attribution sae.features.peaks
 sae.features.analysis sae.features.interpretation sae.features.search
 sae.features.connections
@@ -49,17 +49,33 @@ sae.sharing sae.interactions sae.latent_scaling sae.diffing
 sae.run sae.loggers
 sae.trainer
 sae.bound
+sae.dashboard sae.dashboard.strings sae.dashboard.passages sae.dashboard.layout sae.dashboard.sides
+sae.dashboard.bundle sae.dashboard.build sae.dashboard.asked sae.dashboard.guard sae.dashboard.live
+sae.dashboard.pages sae.dashboard.server sae.dashboard.running sae.dashboard.dashboard
 sae.methods
 sae.base
 sae.fitting
 sae.sae sae.transcoder sae.crosscoder sae.cross_layer
 sae.checkpoint
+sae.testbeds.handmade sae.testbeds.repetition
+sae.testbeds.planted sae.testbeds.induction sae.testbeds.trained
+sae.testbeds
 sae.circuits
 sae.circuits.nodes sae.circuits.layout sae.circuits.summary sae.circuits.storage
 sae.circuits.validation sae.circuits.drawing sae.circuits.page sae.circuits.circuit
+sae.circuits.given sae.circuits.cost
 sae.circuits.pathway sae.circuits.effects sae.circuits.between
+sae.circuits.targets sae.circuits.ablation sae.circuits.flows sae.circuits.edges
+sae.circuits.restoration sae.circuits.faithfulness sae.circuits.behavior
+sae.circuits.score_pairs sae.circuits.score_sources sae.circuits.score_changes
+sae.circuits.attention_scores sae.circuits.heads
 sae
 model
+texts
+cli cli.settings
+cli.commands
+cli.main
+__main__
 """
 LINE = {
     f"mlxterp.{name}": i for i, line in enumerate(ORDER.split("\n")) for name in line.split()
