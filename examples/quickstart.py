@@ -6,8 +6,6 @@ Needs no network and no data: the text is Python's own documentation and standar
 from __future__ import annotations
 
 import argparse
-import random
-import sysconfig
 import time
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -15,21 +13,7 @@ from pydoc_data.topics import topics
 from mlxterp import InterpretableModel
 from mlxterp.sae import ActivationDataset
 from mlxterp.sae.steering.sweep import peaked_features
-
-SKIPPED = {"test", "tests", "site-packages", "idlelib", "lib2to3", "pydoc_data", "encodings"}
-
-
-def python_texts(seed: int = 0) -> list[str]:
-    """The reference manual's topics and the standard library's sources, in random order."""
-    library = Path(sysconfig.get_paths()["stdlib"])
-    sources = (
-        path.read_text(encoding="utf-8", errors="replace")
-        for path in sorted(library.rglob("*.py"))
-        if not SKIPPED & set(path.relative_to(library).parts)
-    )
-    texts = [*topics.values(), *sources]
-    random.Random(seed).shuffle(texts)
-    return texts
+from mlxterp.texts import python_texts
 
 
 def main() -> None:
