@@ -50,8 +50,9 @@ sae.run sae.loggers
 sae.trainer
 sae.bound
 sae.dashboard sae.dashboard.strings sae.dashboard.passages sae.dashboard.layout sae.dashboard.sides
-sae.dashboard.bundle sae.dashboard.build sae.dashboard.asked sae.dashboard.guard sae.dashboard.live
-sae.dashboard.pages sae.dashboard.server sae.dashboard.running sae.dashboard.dashboard
+sae.dashboard.bundle sae.dashboard.build sae.dashboard.asked sae.dashboard.guard
+sae.dashboard.calling sae.dashboard.live sae.dashboard.pages sae.dashboard.server
+sae.dashboard.running sae.dashboard.dashboard
 sae.methods
 sae.base
 sae.fitting
@@ -63,12 +64,16 @@ sae.testbeds
 sae.circuits
 sae.circuits.nodes sae.circuits.layout sae.circuits.summary sae.circuits.storage
 sae.circuits.validation sae.circuits.drawing sae.circuits.page sae.circuits.circuit
-sae.circuits.given sae.circuits.cost
+sae.circuits.given sae.circuits.cost sae.circuits.derivatives
 sae.circuits.pathway sae.circuits.effects sae.circuits.between
 sae.circuits.targets sae.circuits.ablation sae.circuits.flows sae.circuits.edges
 sae.circuits.restoration sae.circuits.faithfulness sae.circuits.behavior
+sae.circuits.held sae.circuits.replacement
 sae.circuits.score_pairs sae.circuits.score_sources sae.circuits.score_changes
 sae.circuits.attention_scores sae.circuits.heads
+sae.circuits.influence sae.circuits.readouts sae.circuits.graph_checks
+sae.circuits.attribution_graph sae.circuits.graph_search
+sae.circuits.feature_export sae.circuits.graph_export
 sae
 model
 texts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -48,6 +49,15 @@ class ActivationSource(Protocol):
     def generate(self, prompt: Any, **kwargs: Any) -> Any: ...
 
     def editing(self, edits: Any) -> Any: ...
+
+
+class FreezableSource(ActivationSource, Protocol):
+    """A language model whose attention patterns can be read and, with the scales of its norms,
+    held."""
+
+    def frozen(self, at: Any = None) -> AbstractContextManager[None]: ...
+
+    def attention(self, tokens: Any, layers: Any = None, *, edit: Any = None) -> Any: ...
 
 
 def find_site(source: ActivationSource, layer: Any, component: str | None = None) -> Any:

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 
 from mlxterp.sae.base import BaseSAE
 from mlxterp.sae.circuits.circuit import Circuit, Edge, Node
+from mlxterp.sae.circuits.cost import CircuitCost
 from mlxterp.sae.circuits.effects import KEPT, Effects, Look
+from mlxterp.sae.circuits.given import Method, check_choice, check_counts, fitting, pairs, site_of
 from mlxterp.sae.circuits.pathway import Pathway
 from mlxterp.sae.circuits.validation import Validation
 from mlxterp.sae.coder import check_feature
 from mlxterp.sae.dataset import ActivationDataset
 from mlxterp.sae.features.collection import collect
 from mlxterp.sae.features.data import FeatureData
-from mlxterp.sae.forward_order import precedes
 from mlxterp.sae.source import ActivationSource
-from mlxterp.sites import Site
-
-Method = Literal["integrated_gradients", "gradient", "ablation"]
 
 SCREENED = 4  # tokens of each target that the fast pass looks at
 CANDIDATES = 2  # times as many edges as are asked for choose the targets of the close look
@@ -66,38 +63,113 @@ def find_feature_circuits(
     a layer, on a few tokens. The targets of its strongest edges are then looked at on up to
     `n_tokens` random tokens on which they fire, and the `top_k` strongest edges are returned, with
     the errors' effect on the same targets. Of `dataset`, texts or a dataset of texts, no more than
-    `max_tokens` are used.
+    `max_tokens` are used. `circuit_cost` says beforehand how long it takes.
 
     Raises `ValueError` for a layer without a coder, a coder of another model, coders of which the
     later does not come after the earlier, and for a dataset without texts.
 
     References: Marks et al. 2024, arXiv 2403.19647; Sundararajan et al. 2017, arXiv 1703.01365.
     """
-    if method not in get_args(Method):
-        raise ValueError(f"method must be one of {list(get_args(Method))}, got {method!r}.")
-    for name, value in {"top_k": top_k, "n_steps": n_steps, "n_tokens": n_tokens}.items():
-        if value < 1:
-            raise ValueError(f"{name} must be >= 1, got {value}.")
-    coders = _chosen(saes or {}, source_layer, target_layer)
-    source = next(iter(coders.values())).known_model(model)
-    _check(source, coders)
+    search = _search(
+        model, saes or {}, source_layer, target_layer, dataset, top_k, method=method,
+        target_features=target_features, n_steps=n_steps, n_tokens=n_tokens, max_tokens=max_tokens,
+        context_length=context_length, seed=seed, verbose=verbose,
+    )  # fmt: skip
+    return search.origin().circuit(top_k, method)
+
+
+def circuit_cost(
+    model: ActivationSource | None = None,
+    saes: Mapping[int, BaseSAE] | None = None,
+    source_layer: int | None = None,
+    target_layer: int | None = None,
+    dataset: Iterable[str] | ActivationDataset | None = None,
+    top_k: int = 50,
+    **options: Any,
+) -> CircuitCost:
+    """What `find_feature_circuits` would take with the same arguments.
+
+    The tokens are encoded and a few derivatives taken to see how long they take; nothing else is
+    done. Interventions (`method="ablation"`) are not counted. Raises `ValueError` as it does.
+    """
+    search = _search(model, saes or {}, source_layer, target_layer, dataset, top_k, **options)
+    return search.cost()
+
+
+@dataclass(frozen=True, eq=False)
+class _Search:
+    """What is to be looked at: between which layers, and which targets there."""
+
+    coders: Mapping[int, BaseSAE]
+    data: Mapping[int, FeatureData]
+    looks: Mapping[tuple[int, int], Look]
+    targets: Mapping[tuple[int, int], np.ndarray]
+    top_k: int
+    n_steps: int
+    n_tokens: int
+
+    def origin(self) -> _Origin:
+        """Take all derivatives."""
+        parts = []
+        for (a, b), look in self.looks.items():
+            title = f"layer {a} to {b}"
+            fast = look.effects(self.targets[a, b], SCREENED, 0, f"{title}, fast pass", KEPT)
+            best = fast.targets[fast.rows[fast.strongest(CANDIDATES * self.top_k)]]
+            targets = np.array([*dict.fromkeys(best.tolist())][:MOST_TARGETS], int)
+            effects = look.effects(targets, self.n_tokens, self.n_steps, title)
+            parts.append(_Part(a, b, look, effects, self.n_tokens))
+        return _Origin(self.coders, self.data, tuple(parts))
+
+    def cost(self) -> CircuitCost:
+        """Take a few derivatives, and see how many there are."""
+        fast, close, seconds = 0, 0, 0.0
+        for ends, look in self.looks.items():
+            targets = self.targets[ends]
+            counts = look.data.codes.firing_counts[targets]
+            chosen = targets[np.argsort(-counts, kind="stable")[:MOST_TARGETS]]
+            work = look.work(targets, SCREENED), look.work(chosen, self.n_tokens)
+            fast, close = fast + work[0], close + work[1] * max(1, self.n_steps)
+            seconds += look.seconds(targets, SCREENED) * (work[0] + work[1] * max(1, self.n_steps))
+        n_tokens = next(iter(self.data.values())).codes.n_tokens
+        return CircuitCost(n_tokens, fast, close, seconds)
+
+
+def _search(
+    model: ActivationSource | None,
+    saes: Mapping[int, BaseSAE],
+    source_layer: int | None,
+    target_layer: int | None,
+    dataset: Iterable[str] | ActivationDataset | None,
+    top_k: int = 50,
+    *,
+    method: Method = "integrated_gradients",
+    target_features: Mapping[int, Sequence[int]] | None = None,
+    n_steps: int = 8,
+    n_tokens: int = 24,
+    max_tokens: int = 20_000,
+    context_length: int = 64,
+    seed: int = 0,
+    verbose: bool = True,
+) -> _Search:
+    """Check everything and collect where features fire; raises `ValueError`."""
+    check_choice("method", method, get_args(Method))
+    check_counts(top_k=top_k, n_steps=n_steps, n_tokens=n_tokens)
+    coders = _chosen(saes, source_layer, target_layer)
+    wanted = _wanted(coders, target_features or {})
+    source = fitting(model, coders)
     data = _collected(source, coders, dataset, max_tokens, context_length, seed, verbose)
-    parts = []
-    for a, b, between in _pairs(coders):
-        look = Look(Pathway(source, coders[a], coders[b], between), data[b], seed, verbose)
-        wanted = (target_features or {}).get(b)
-        targets = (
-            look.firing()
-            if wanted is None
-            else np.array([check_feature(coders[b], feature_id) for feature_id in wanted], int)
+    looks = {
+        (a, b): Look(
+            Pathway(source, coders[a], coders[b], [coders[layer] for layer in between]),
+            data[b], seed, verbose,
         )
-        fast = look.effects(targets, SCREENED, 0, f"layer {a} to {b}, fast pass", KEPT)
-        best = fast.targets[fast.rows[fast.strongest(CANDIDATES * top_k)]]
-        targets = np.array([*dict.fromkeys(best.tolist())][:MOST_TARGETS], int)
-        steps = n_steps if method == "integrated_gradients" else 0
-        effects = look.effects(targets, n_tokens, steps, f"layer {a} to {b}")
-        parts.append(_Part(a, b, look, effects, n_tokens))
-    return _Origin(coders, data, tuple(parts)).circuit(top_k, method)
+        for a, b, between in pairs(coders)
+    }  # fmt: skip
+    return _Search(
+        coders, data, looks,
+        {ends: wanted.get(ends[1], look.firing()) for ends, look in looks.items()},
+        top_k, n_steps if method == "integrated_gradients" else 0, n_tokens,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,6 +252,7 @@ class _Origin:
     def validate(self, circuit: Circuit, *, n: int = 50, factor: float = 0.0) -> Validation:
         """Multiply the source of each of the `n` strongest edges between features by a factor (0
         takes it out) and compare what the target's value loses with what the edge says."""
+        check_counts(n=n)
         layers = {self._site(layer): layer for layer in self.coders}
         parts = {(part.earlier, part.later): part for part in self.parts}
         chosen, pairs = [], []
@@ -218,7 +291,7 @@ class _Origin:
         return {"explained": listed, "all_features": features, "errors": errors} if rise else {}
 
     def _site(self, layer: int) -> str:
-        return ", ".join(self.coders[layer].writes.names)
+        return site_of(self.coders[layer])
 
     def _node(self, layer: int, feature_id: int) -> Node:
         mean = float(self.data[layer].means[feature_id])
@@ -239,33 +312,18 @@ def _chosen(saes: Mapping[int, BaseSAE], first: int | None, last: int | None) ->
     return {layer: saes[layer] for layer in layers if first <= layer <= last}
 
 
-def _check(source: ActivationSource, coders: Mapping[int, BaseSAE]) -> None:
-    """Raises `ValueError` for coders that do not fit the model or each other."""
-    for layer, coder in coders.items():
-        fits = coder.is_compatible(source)
-        if not fits:
-            raise ValueError(f"The coder of layer {layer} does not fit the model: {fits!r}.")
-    for a, b in combinations(coders, 2):
-        if not precedes(source, coders[a].writes.names[0], coders[b].reads.names[-1]):
-            raise ValueError(
-                f"The coder of layer {b} reads {coders[b].reads}, which the model does not compute "
-                f"from {coders[a].writes}, which that of layer {a} writes."
-            )
-
-
-def _pairs(coders: Mapping[int, BaseSAE]) -> Iterator[tuple[int, int, list[BaseSAE]]]:
-    """The layers between whose features there can be an effect, and the coders between them."""
-    layers = [*coders]
-    for i, j in combinations(range(len(layers)), 2):
-        between = [coders[layer] for layer in layers[i + 1 : j]]
-        if not any(_whole_stream(coder) for coder in between):
-            yield layers[i], layers[j], between
-
-
-def _whole_stream(coder: BaseSAE) -> bool:
-    """Whether all that comes later goes through what the coder writes."""
-    components = (Site.from_string(name).component for name in coder.writes.names)
-    return any(component.startswith("resid") for component in components)
+def _wanted(
+    coders: Mapping[int, BaseSAE], target_features: Mapping[int, Sequence[int]]
+) -> dict[int, np.ndarray]:
+    """The features of each layer that are asked for."""
+    later = [*coders][1:]
+    for layer in target_features:
+        if layer not in later:
+            raise ValueError(f"target_features must be of layers of {later}, got {layer}.")
+    return {
+        layer: np.array([check_feature(coders[layer], feature_id) for feature_id in ids], int)
+        for layer, ids in target_features.items()
+    }
 
 
 def _collected(

@@ -13,9 +13,10 @@ from mlxterp.sae.circuits import storage
 from mlxterp.sae.circuits.drawing import draw
 from mlxterp.sae.circuits.layout import Layout, arrange
 from mlxterp.sae.circuits.nodes import Edge, FeatureLabels, Names, Node, labelled
-from mlxterp.sae.circuits.page import circuit_page, write_page
-from mlxterp.sae.circuits.summary import PART_OF, describe, edge_table, known
+from mlxterp.sae.circuits.page import circuit_page, page_content, write_page
+from mlxterp.sae.circuits.summary import PART_OF, describe, edge_table, known, node_table
 from mlxterp.sae.circuits.validation import Validation
+from mlxterp.sae.features.display import visible
 from mlxterp.sae.similarity.directions import needed
 from mlxterp.sae.visualization import Table
 
@@ -116,9 +117,10 @@ class Circuit:
         return replace(self, origin=origin)
 
     def validate(self, **options: Any) -> Validation:
-        """Change the sources of the strongest edges in the model and compare what happens to the
-        targets with what the weights say; `options` are those of the origin, such as how many edges
-        to look at. Raises `ValueError` where the circuit has no origin."""
+        """Change features in the model and compare what that does to the targets of their edges, or
+        to what the whole circuit is about, with what the circuit says; `options` are those of the
+        origin, such as `n`, how many to look at. Raises `ValueError` where the circuit has no
+        origin."""
         if self.origin is None:
             raise ValueError(
                 "validate() needs the model and the coders that the circuit was found in, which "
@@ -127,14 +129,19 @@ class Circuit:
             )
         found = self.origin.validate(self, **options)
         names = [self._names().full(node) for node in self.nodes]
-        edges = (self.edges[i] for i in found.edges)
-        return replace(found, names=tuple(f"{names[e.source]} → {names[e.target]}" for e in edges))
+        edges = [self.edges[i] for i in found.edges]
+        ends = [f"{names[e.source]} → {names[e.target]}" for e in edges]
+        return replace(found, names=(*ends, *(names[i] for i in found.nodes)))
 
     def table(self, n: int = 20, errors: bool = True) -> Table:
         """The `n` strongest edges with all that is known of each."""
-        facts = ", ".join(f"{name} {value}" for name, value in known(self.facts))
-        title = ",\n  ".join(text for text in (self._what(), facts) if text)
-        return edge_table(title, self.nodes, self.strongest(n, errors), self._names())
+        return edge_table(self._title(), self.nodes, self.strongest(n, errors), self._names())
+
+    def node_table(self, n: int = 20) -> Table:
+        """The `n` nodes of the largest effect of either sign, with all that is known of each; where
+        effects are not known, those of the largest influence."""
+        strongest = sorted(self.nodes, key=_size, reverse=True)[:n]
+        return node_table(self._title(), strongest, self._names())
 
     def __repr__(self) -> str:
         return repr(self.table(SHOWN, errors=False))
@@ -164,6 +171,24 @@ class Circuit:
         names, facts = part._names(), known(part.facts)
         page = circuit_page(part.nodes, part.edges, layout, names, part._what(), facts)
         return write_page(path, page)
+
+    def page_content(self, n: int = 500) -> dict[str, Any]:
+        """What a page needs to draw the `n` strongest edges, as plain values: the nodes and edges
+        with their places in pixels, and all that is known of them."""
+        part, layout = self._drawn(None, n)
+        names = part._names()
+        drawn = page_content(part.nodes, part.edges, layout, names)
+        order = {level: i for i, level in enumerate(("", *self.levels))}
+        ends = {"logit": len(order), "embedding": 0}
+        for shown, node in zip(drawn["nodes"], part.nodes, strict=True):
+            held = ("site", "index", "position", "value", "influence", "effect")
+            shown |= {name: getattr(node, name) for name in held}
+            shown["level"] = ends.get(node.kind, order.get(node.site, 0))
+        levels = [names.level(Node("feature", level, 0)) for level in self.levels]
+        tokens = [visible(token) for token in self.tokens]
+        known_facts = [[name, str(value)] for name, value in known(part.facts)]
+        texts = {"title": part._what(), "facts": known_facts, "levels": levels, "tokens": tokens}
+        return storage.plain({**texts, **drawn})
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the origin, as plain values."""
@@ -218,6 +243,10 @@ class Circuit:
     def _what(self) -> str:
         return describe(self.nodes, self.edges, self.levels, self.tokens)
 
+    def _title(self) -> str:
+        facts = ", ".join(f"{name} {value}" for name, value in known(self.facts))
+        return ",\n  ".join(text for text in (self._what(), facts) if text)
+
     def _drawn(self, feature_labels: FeatureLabels | None, n: int) -> tuple[Circuit, Layout]:
         if n < 1:
             raise ValueError(f"n must be >= 1, got {n}.")
@@ -228,6 +257,11 @@ class Circuit:
 def _held(values: dict[str, Any]) -> dict[str, Any]:
     """Without None, which most files of graphs do not know."""
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _size(node: Node) -> float:
+    known = node.influence if node.effect is None else node.effect
+    return 0.0 if known is None or math.isnan(known) else abs(known)
 
 
 def _order(edge: Edge) -> float:

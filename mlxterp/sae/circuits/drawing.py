@@ -97,9 +97,12 @@ class _Pen:
             )
         )  # fmt: skip
         (x, y), before = curve[-1], curve[-2]
-        back = 1 if before[0] > x else -1
         half = 0.025 + 0.03 * share
-        corners = [(x, y), (x + 2.5 * back * half, y - half), (x + 2.5 * back * half, y + half)]
+        back = [2.5 * half * ((b > a) - (b < a)) for a, b in zip((x, y), before, strict=True)]
+        beside = (half, 0) if before[0] == x else (0, half)
+        corners = [(x, y), *(
+            (x + back[0] + sign * beside[0], y + back[1] + sign * beside[1]) for sign in (1, -1)
+        )]  # fmt: skip
         self.ax.add_patch(Polygon(corners, linewidth=0, **(style | {"alpha": 1.0})))
 
     def node(

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import mlx.core as mx
 import numpy as np
 from tqdm.auto import tqdm
 
 from mlxterp.sae.circuits.pathway import COTANGENTS_PER_PASS, Attribution, Pathway
 from mlxterp.sae.features.data import FeatureData
 
-ENTRIES_PER_PASS = 1 << 22  # of the derivatives that are held at once
+ENTRIES_PER_PASS = 1 << 20  # of the derivatives that are held at once
 LEAST = 3  # tokens on which a target must fire
+SAMPLE = 256  # tokens that an estimate looks at
 KEPT = 64  # effects on a target at one token, where thousands of targets are looked at
 
 
@@ -96,6 +99,24 @@ class Look:
             targets, counts, np.concatenate(keys), np.concatenate(values), n_features, errors, rises
         )
 
+    def work(self, targets: np.ndarray, n: int) -> int:
+        """How many derivatives of a context by one target the effects take, at each step."""
+        positions = np.concatenate([np.zeros(0, int), *(self.tokens(i, n) for i in targets)])
+        groups = self._groups(positions // self.data.corpus.context)
+        return sum(len(own) * int(np.bincount(ranks).max()) for own, _, ranks in groups)
+
+    def seconds(self, targets: np.ndarray, n: int) -> float:
+        """How long one of these derivatives takes, from some of them."""
+        some = targets[:: max(1, n * len(targets) // SAMPLE)]
+        if not (work := self.work(some, n)):
+            return 0.0
+        times = []
+        for _ in range(2):  # the first time more is to be done
+            started = time.perf_counter()
+            self.effects(some, n, 0, "estimate", KEPT)
+            times.append(time.perf_counter() - started)
+        return min(times) / work
+
     def losses(
         self, pairs: Sequence[tuple[int, int]], n: int, factor: float, title: str
     ) -> np.ndarray:
@@ -116,6 +137,7 @@ class Look:
                 found[part] = self.pathway.losses(
                     clean, columns[part], later[part], earlier[part], factor
                 )
+                mx.clear_cache()
                 bar.update(len(found[part]))
         return np.bincount(rows, found, len(pairs)) / np.bincount(rows, minlength=len(pairs))
 
@@ -124,6 +146,15 @@ class Look:
     ) -> Iterator[tuple[np.ndarray, list[Attribution]]]:
         """The numbers of some targets at a time, and what they are due to."""
         contexts, columns = np.divmod(positions, self.data.corpus.context)
+        for own, some, ranks in self._groups(contexts):
+            clean = self.pathway.clean(self.data.corpus.tokens[own])
+            at = ranks, columns[some], features[some]
+            yield some, self.pathway.attribute(clean, *at, n_steps)
+            mx.clear_cache()  # sizes differ from context to context, so that buffers would pile up
+
+    def _groups(self, contexts: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Some contexts at a time, the numbers of the targets that are in them, and in which of
+        them each is."""
         numbers, places, counts = np.unique(contexts, return_inverse=True, return_counts=True)
         # Contexts with equally many targets together: then few derivatives are taken in vain.
         order = np.argsort(-counts, kind="stable")
@@ -131,10 +162,7 @@ class Look:
         size = self._contexts_per_pass(COTANGENTS_PER_PASS)
         for start in range(0, len(numbers), size):
             some = np.flatnonzero((ranks >= start) & (ranks < start + size))
-            own = numbers[order[start : start + size]]
-            clean = self.pathway.clean(self.data.corpus.tokens[own])
-            at = ranks[some] - start, columns[some], features[some]
-            yield some, self.pathway.attribute(clean, *at, n_steps)
+            yield numbers[order[start : start + size]], some, ranks[some] - start
 
     def _contexts_per_pass(self, n: int) -> int:
         width = max(self.pathway.earlier.d_out, self.pathway.later.d_in)

@@ -27,7 +27,8 @@ class Node:
     number of the feature, or the id of the token of an embedding or a logit, and -1 for an error.
     `position` is that of the token in the prompt, None in a circuit over a dataset. `value` is the
     feature's value there, its mean where it fires over a dataset, or the probability of a logit.
-    `influence` is the share of what the circuit explains that goes through the node, where known.
+    `influence` is the share of what the circuit explains that goes through the node, where known,
+    and `effect` the part that is due to it of the number that the circuit is about.
     """
 
     kind: NodeKind
@@ -37,6 +38,7 @@ class Node:
     value: float = 0.0
     influence: float | None = None
     label: str | None = None
+    effect: float | None = None
 
     @property
     def key(self) -> tuple[str, str, int, int | None]:

@@ -26,7 +26,15 @@ def circuit_page(
     facts: Sequence[tuple[str, str]] = (),
 ) -> str:
     """The HTML of a page that shows a circuit: one file, which asks the network for nothing."""
-    content = {
+    content = page_content(nodes, edges, layout, names)
+    return render("circuit.html", title=title, facts=facts, content=content)
+
+
+def page_content(
+    nodes: Sequence[Node], edges: Sequence[Edge], layout: Layout, names: Names
+) -> dict[str, Any]:
+    """What a page draws, in pixels, as plain values."""
+    return {
         "nodes": [_node(*pair, names) for pair in zip(nodes, layout.places, strict=True)],
         "edges": [_edge(*pair) for pair in zip(edges, layout.curves, strict=True)],
         "box": _pixels(layout.box),
@@ -35,7 +43,6 @@ def circuit_page(
         "marks": [_text(mark) for mark in layout.marks],
         "rules": _pixels(layout.rules),
     }
-    return render("circuit.html", title=title, facts=facts, content=content)
 
 
 def write_page(path: str | Path, page: str) -> Path:
@@ -52,7 +59,8 @@ def write_page(path: str | Path, page: str) -> Path:
 
 
 def _node(node: Node, place: tuple[float, float], names: Names) -> dict[str, Any]:
-    known = {"site": node.site, "value": node.value, "influence": node.influence}
+    names_of = ("site", "value", "effect", "influence")
+    known = {name: getattr(node, name) for name in names_of}
     return {
         "at": _pixels(place),
         "kind": node.kind,

@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlxterp.sae.circuits.derivatives import for_each
 from mlxterp.sae.coder import SparseCoder
 from mlxterp.sae.features.logit_effects import decoder_rows
 from mlxterp.sae.source import ActivationSource
@@ -140,7 +141,7 @@ class Pathway:
             )
             slopes = mx.zeros((len(cotangents), *clean.written.shape))
             for step in steps.tolist():
-                slopes = slopes + self._slopes(
+                slopes = slopes + self.slopes(
                     clean, clean.written - (1 - step) * clean.by_features, cotangents
                 )
                 mx.eval(slopes)
@@ -155,13 +156,13 @@ class Pathway:
         rises = self.values(clean.read - without, contexts, positions, encoders)
         return [Attribution(*found[i], float(rise)) for i, rise in enumerate(rises)]
 
-    def _slopes(self, clean: Clean, written: mx.array, cotangents: mx.array) -> mx.array:
+    def slopes(self, clean: Clean, written: mx.array, cotangents: mx.array) -> mx.array:
         """The derivatives by what is written `[n, n_contexts, S, d_out]` for each cotangent."""
 
         def one(cotangent: mx.array) -> mx.array:
             return mx.vjp(lambda x: self.read(clean, x), [written], [cotangent])[1][0]
 
-        return mx.vmap(one)(cotangents)
+        return for_each(one, cotangents)
 
     def _effects(
         self, clean: Clean, context: int, slopes: mx.array

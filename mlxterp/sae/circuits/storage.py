@@ -67,7 +67,7 @@ def nodes_of(values: Mapping[str, Any]) -> tuple[Node, ...]:
     for v in values["nodes"]:
         if v["kind"] not in get_args(NodeKind):
             raise ValueError(f"kind must be one of {list(get_args(NodeKind))}, got {v['kind']!r}.")
-        kinds = {"position": int, "influence": float, "label": str}
+        kinds = {"position": int, "influence": float, "label": str, "effect": float}
         found.append(
             Node(
                 v["kind"],

@@ -12,10 +12,12 @@ from mlxterp.sae.visualization import Table
 
 PART_OF = "part_of"  # the key of facts about a whole of which a circuit is a part
 COLUMNS = ("share", "consistency", "n", "measured")
+OF_NODES = ("effect", "influence")
 # Facts that are shares, and written as such.
 SHARES = (
     "explained", "all_features", "errors", "faithfulness", "completeness", "replacement",
-    "replacement_score", "completeness_score",
+    "replacement_score", "completeness_score", "pruned_replacement_score",
+    "pruned_completeness_score", "not_looked_at", "gap",
 )  # fmt: skip
 WIDEST = 48  # narrow characters of a node in a table
 LONGEST = 100  # of a prompt or a fact
@@ -34,6 +36,18 @@ def edge_table(title: str, nodes: Sequence[Node], edges: Sequence[Edge], names: 
         for edge in edges
     )
     return Table(title, ("source", "target", "weight", *columns), tuple(rows))
+
+
+def node_table(title: str, nodes: Sequence[Node], names: Names) -> Table:
+    """Nodes with all that is known of each."""
+    columns = ["value", *(name for name in OF_NODES if any(getattr(n, name) for n in nodes))]
+    rows = ((cut(names.full(node), WIDEST), *_of_node(node, columns)) for node in nodes)
+    return Table(title, ("node", *columns), tuple(rows))
+
+
+def _of_node(node: Node, columns: Sequence[str]) -> list[str]:
+    known = [(name, getattr(node, name)) for name in columns]
+    return ["" if x is None else _cell(name, x) for name, x in known]
 
 
 def describe(
@@ -65,7 +79,7 @@ _COUNTS = ("n edges", "n nodes")
 
 def _value(name: str, value: str | bool | int | float) -> str:
     if isinstance(value, float):
-        return f"{value:.1%}" if name in SHARES else f"{value:.4g}"
+        return f"{value:z.1%}" if name in SHARES else f"{value:.4g}"
     return str(value)
 
 
@@ -76,6 +90,8 @@ def _counted(n: int, what: str) -> str:
 def _cell(name: str, value: Any) -> str:
     if value is None:
         return ""
-    if name in ("share", "consistency"):
-        return f"{value:.0%}"
-    return f"{value:+.4g}" if name == "measured" else str(value)
+    if name in ("share", "consistency", "influence"):
+        return f"{value:.0%}" if value >= 0.1 else f"{value:.1%}"
+    if isinstance(value, float):
+        return f"{value:.4g}" if name == "value" else f"{value:+.4g}"
+    return str(value)

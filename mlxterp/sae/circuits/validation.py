@@ -22,7 +22,8 @@ class Validation:
     """The predicted and the measured effect of each of some edges, `[n]`, and what was done.
 
     `edges` are the numbers of the edges in the circuit, and `names` what they are called, where
-    that is known.
+    that is known. Where the effects are those of nodes on what the whole circuit is about, `nodes`
+    are their numbers and there are no edges.
     """
 
     predicted: np.ndarray
@@ -30,17 +31,22 @@ class Validation:
     edges: tuple[int, ...]
     method: str
     names: tuple[str, ...] = ()
+    nodes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("predicted", "measured"):
             shape = np.shape(getattr(self, name))
-            if shape != (len(self.edges),):
+            if shape != (len(self),):
                 raise ValueError(
-                    f"{name} must be one number for each of {len(self.edges)} edges, got {shape}."
+                    f"{name} must be one number for each of {self._counted}, got {shape}."
                 )
 
     def __len__(self) -> int:
-        return len(self.edges)
+        return len(self.edges) + len(self.nodes)
+
+    @property
+    def _counted(self) -> str:
+        return f"{len(self)} {'nodes' if self.nodes else 'edges'}"
 
     @property
     def correlation(self) -> float:
@@ -77,6 +83,7 @@ class Validation:
             "method": self.method,
             **{name: value if math.isfinite(value) else None for name, value in figures.items()},
             "edges": list(self.edges),
+            "nodes": list(self.nodes),
             "names": list(self.names),
             "predicted": np.asarray(self.predicted).tolist(),
             "measured": np.asarray(self.measured).tolist(),
@@ -85,15 +92,17 @@ class Validation:
     def table(self, n: int = SHOWN) -> Table:
         """The `n` edges of which most was predicted, with what was measured."""
         title = (
-            f"{len(self)} edges, {self.method}: correlation {self.correlation:.3f}, "
+            f"{self._counted}, {self.method}: correlation {self.correlation:.3f}, "
             f"slope {self.slope:.3f}, {self.same_sign:.0%} of the predicted sign"
         )
         largest = np.argsort(-np.abs(self.predicted), kind="stable")[:n].tolist()
-        names = self.names or tuple(f"edge {i}" for i in self.edges)
+        names = self.names or tuple(
+            f"{what} {i}" for what, ids in (("edge", self.edges), ("node", self.nodes)) for i in ids
+        )
         rows = tuple(
             (names[i], f"{self.predicted[i]:+.4g}", f"{self.measured[i]:+.4g}") for i in largest
         )
-        return Table(title, ("edge", "predicted", "measured"), rows)
+        return Table(title, ("node" if self.nodes else "edge", "predicted", "measured"), rows)
 
     def __repr__(self) -> str:
         return repr(self.table())
@@ -113,7 +122,7 @@ class Validation:
             color=TRAINING["color"],
             alpha=0.7,
             linewidths=0,
-            label=f"{len(self)} edges",
+            label=self._counted,
         )
         ax.set_title(
             f"{self.method}: correlation {self.correlation:.3f}, slope {self.slope:.3f}",

@@ -3,8 +3,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from mlxterp import InterpretableModel
 from mlxterp.sae import SAEConfig, SAETrainer
-from mlxterp.sae.circuits.between import find_feature_circuits
+from mlxterp.sae.circuits.between import circuit_cost, find_feature_circuits
+from mlxterp.sae.circuits.cost import CircuitCost
+from mlxterp.sae.testbeds import planted_circuit
 
 QUICK = {"n_steps": 3, "n_tokens": 4, "max_tokens": 1500, "verbose": False}
 
@@ -55,6 +58,8 @@ def test_predicted_effects_are_those_of_interventions(circuit):
     half = circuit.validate(n=20, factor=0.5)
     np.testing.assert_allclose(half.predicted, found.predicted / 2)
     assert half.correlation > 0.9
+    with pytest.raises(ValueError, match="n must be >= 1, got 0"):
+        circuit.validate(n=0)
 
 
 def test_ablation_measures_what_it_lists(model, saes, texts):
@@ -127,3 +132,109 @@ def test_coders_that_do_not_fit_are_an_error(model, saes, texts):
     )
     with pytest.raises(ValueError, match="layer 3 does not fit the model: .*other weights"):
         find_feature_circuits(model, {1: saes[1], 3: stranger}, dataset=texts[:4])
+    with pytest.raises(ValueError, match=r"target_features must be of layers of \[3\], got 1"):
+        find_feature_circuits(
+            model, saes, 1, 3, dataset=texts[:4], target_features={1: [0]}, **QUICK
+        )
+
+
+def test_the_cost_is_known_beforehand(model, saes, texts):
+    two, dataset = {layer: saes[layer] for layer in (1, 3)}, texts[:1]
+    options = QUICK | {"top_k": 9, "target_features": {3: range(40)}}
+    found = find_feature_circuits(model, two, dataset=dataset, method="gradient", **options)
+    (part,) = found.origin.parts
+    cost = circuit_cost(model, two, dataset=dataset, **options)
+    assert cost.n_tokens == found.origin.data[3].codes.n_tokens
+    assert cost.fast == part.look.work(np.arange(40), 4)
+    assert cost.fast >= np.minimum(4, found.origin.data[3].codes.firing_counts[:40]).sum() > 0
+    close = QUICK["n_steps"] * part.look.work(part.effects.targets, QUICK["n_tokens"])
+    assert close <= cost.close <= QUICK["n_steps"] * cost.fast
+    quick = circuit_cost(model, two, dataset=dataset, method="gradient", **options)
+    assert quick.close * QUICK["n_steps"] == cost.close and 0 < cost.seconds < 60
+    assert cost.to_dict()["close"] == cost.close
+    assert repr(cost).startswith("At most about ")
+    assert f"{cost.fast:,} derivatives of a context in the fast pass" in repr(cost)
+    with pytest.raises(ValueError, match="n_tokens must be >= 1, got 0"):
+        circuit_cost(model, two, dataset=dataset, n_tokens=0)
+
+
+def test_durations_are_in_minutes_where_they_are_long():
+    assert repr(CircuitCost(10, 1, 2, 100.0)).startswith("At most about 100 seconds: ")
+    assert repr(CircuitCost(10, 1, 2, 200.0)).startswith("At most about 3 minutes: ")
+
+
+def planted(threshold: float = 0.0):
+    made = planted_circuit(threshold=threshold)
+    return made, InterpretableModel(made.model, tokenizer=made.tokenizer)
+
+
+def expected(made, circuit, earlier: int, later: int, method: str) -> dict[tuple[int, int], float]:
+    """The mean over all tokens on which each target fires of what the whole context does to it."""
+    corpus, sums, counts = circuit.origin.data[later].corpus, 0.0, 0.0
+    for row, owners in zip(corpus.tokens, corpus.owners, strict=True):
+        effects = made.effects(row, earlier, later, method).sum(axis=2)
+        fires = (made.code(row, later) > 0) & (owners >= 0)[:, None]  # the others are padding
+        sums, counts = sums + (effects * fires[..., None]).sum(axis=0), counts + fires.sum(axis=0)
+    means = sums / np.maximum(1, counts)[:, None]
+    return {
+        (source, target): float(means[target, source])
+        for target, source in np.argwhere(np.abs(means) > 1e-6).tolist()
+    }
+
+
+def weights_of(circuit, earlier: int, later: int) -> dict[tuple[int, int], float]:
+    """The edges between features of two layers whose weights are not the noise of float32."""
+    levels = [f"layers.{layer}.resid_post" for layer in (earlier, later)]
+    ends = [(e, circuit.nodes[e.source], circuit.nodes[e.target]) for e in circuit.edges]
+    return {
+        (a.index, b.index): e.weight
+        for e, a, b in ends
+        if a.kind == "feature" and [a.site, b.site] == levels and abs(e.weight) > 1e-6
+    }
+
+
+ALL = {"top_k": 500, "n_tokens": 10_000, "verbose": False}
+
+
+@pytest.mark.parametrize("method", ["integrated_gradients", "gradient", "ablation"])
+def test_exactly_the_planted_edges_are_found_with_their_weights(method):
+    made, model = planted()
+    circuit = find_feature_circuits(
+        model, made.saes, dataset=made.texts(8), method=method, n_steps=2, **ALL
+    )
+    for earlier in (0, 1):
+        found = weights_of(circuit, earlier, earlier + 1)
+        assert found == pytest.approx(
+            expected(made, circuit, earlier, earlier + 1, method), rel=1e-4, abs=1e-5
+        )
+        n, n_before = made.n_features, (earlier + 2) * made.n_features
+        level = earlier + 1
+        assert set(found) == {(i, i) for i in range(n_before)} | {
+            (level * n + e.source, (level + 1) * n + e.target)
+            for e in made.edges
+            if e.level == level
+        }
+    if method != "ablation":
+        assert circuit.facts["all_features"] == pytest.approx(1, abs=1e-5)
+    assert circuit.facts["errors"] == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("method", ["integrated_gradients", "gradient", "ablation"])
+def test_weights_through_a_threshold_are_those_of_the_method(method):
+    made, model = planted(0.25)
+    circuit = find_feature_circuits(
+        model, made.saes, 0, 1, made.texts(4), method=method, n_steps=40, **ALL
+    )
+    found, wanted = weights_of(circuit, 0, 1), expected(made, circuit, 0, 1, method)
+    assert set(found) == set(wanted)
+    assert found == pytest.approx(wanted, rel=0.05 if "integrated" in method else 1e-3, abs=1e-5)
+
+
+def test_the_methods_differ_where_there_is_a_threshold():
+    made, _ = planted(0.25)
+    row = [6, 5, 7, 1]
+    found = [
+        made.effects(row, 0, 1, method).sum()
+        for method in ("integrated_gradients", "gradient", "ablation")
+    ]
+    assert np.ptp(found) > 0.5

@@ -58,6 +58,30 @@ def test_tables_and_the_strongest_edges_are_sorted_by_size():
     )  # fmt: skip
 
 
+def test_nodes_have_a_table_too_by_effect_or_influence():
+    circuit = small()
+    assert [row[0] for row in circuit.node_table(2).rows] == ["L8/42 French words", "L8/7"]
+    assert circuit.node_table().header == ("node", "value")
+    known = {0: (-2.0, 0.055), 1: (0.25, 0.5), 2: (3.0, None), 3: (math.nan, 0.2)}
+    nodes = tuple(
+        replace(node, effect=known.get(i, (None, 0))[0], influence=known.get(i, (0, None))[1])
+        for i, node in enumerate(circuit.nodes)
+    )
+    table = replace(circuit, nodes=nodes).node_table(3)
+    assert table.header == ("node", "value", "effect", "influence")
+    assert table.rows == (
+        ("L10/5", "0", "+3", ""), ("L8/42 French words", "1.5", "-2", "5.5%"),
+        ("L8/7", "0", "+0.25", "50%"),
+    )  # fmt: skip
+    by_influence = tuple(replace(node, effect=None) for node in nodes)
+    rows = replace(circuit, nodes=by_influence).node_table(2).rows
+    assert rows == (("L8/7", "0", "50%"), ("L12/91", "0", "20%"))
+
+
+def test_a_share_of_almost_nothing_has_no_sign():
+    assert "completeness 0.0%" in repr(replace(small(), facts={"completeness": -1e-9}))
+
+
 def test_weights_that_are_no_numbers_come_last():
     circuit = replace(small(), edges=(Edge(0, 2, math.nan), Edge(1, 2, 0.1)))
     assert [e.source for e in circuit.strongest()] == [1, 0]

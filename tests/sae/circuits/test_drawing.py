@@ -29,15 +29,51 @@ def test_no_box_is_on_another_or_outside(make):
         assert width / 2 <= x <= size[0] - width / 2 and height / 2 <= y <= size[1] - height / 2
 
 
-@pytest.mark.parametrize("make", MAKERS)
-def test_edges_go_from_the_side_of_one_box_to_that_of_another(make):
+def test_edges_go_from_the_right_of_one_box_to_the_left_of_another():
+    for circuit in (small(), over_dataset()):
+        found = arranged(circuit)
+        for edge, curve in zip(circuit.edges, found.curves, strict=True):
+            assert len(curve) % 3 == 1
+            for end, side, (x, y) in ((edge.source, 1, curve[0]), (edge.target, -1, curve[-1])):
+                assert y == found.places[end][1]
+                assert x - found.places[end][0] == pytest.approx(side * found.box[0] / 2)
+
+
+@pytest.mark.parametrize("make", [over_prompt, nasty])
+def test_over_a_prompt_edges_go_from_the_top_of_one_box_to_the_bottom_of_another(make):
     circuit = make()
     found = arranged(circuit)
     for edge, curve in zip(circuit.edges, found.curves, strict=True):
-        assert len(curve) % 3 == 1
-        for end, (x, y) in ((edge.source, curve[0]), (edge.target, curve[-1])):
-            assert y == found.places[end][1]
-            assert abs(x - found.places[end][0]) == pytest.approx(found.box[0] / 2)
+        assert len(curve) == 4
+        for end, side, (x, y) in ((edge.source, -1, curve[0]), (edge.target, 1, curve[-1])):
+            assert y - found.places[end][1] == pytest.approx(side * found.box[1] / 2)
+            assert abs(x - found.places[end][0]) < found.box[0] / 2
+    assert len({curve[0] for curve in found.curves}) == len(found.curves)
+    assert len({curve[-1] for curve in found.curves}) == len(found.curves)
+
+
+def test_many_boxes_of_one_place_are_in_lines_that_leave_each_other_room():
+    nodes = tuple(Node("feature", LEVELS[0], i, 2) for i in range(28)) + (
+        Node("feature", LEVELS[0], 99, 3), Node("logit", "", 7, 3),
+    )  # fmt: skip
+    edges = tuple(Edge(i, 29, 1.0) for i in range(29))
+    found = arranged(Circuit(nodes, edges, LEVELS[:1]))
+    lines = {y for _, y in found.places[:28]}
+    assert len(lines) == 2
+    upper, lower = (sorted(x for x, at in found.places[:28] if at == y) for y in sorted(lines))
+    assert len(upper) == len(lower) == 14
+    step = upper[1] - upper[0]
+    assert abs(upper[0] - lower[0]) == pytest.approx(step / 2)
+    for a, b in combinations(found.places, 2):
+        assert abs(a[0] - b[0]) >= found.box[0] - 1e-9 or abs(a[1] - b[1]) >= found.box[1] - 1e-9
+
+
+def test_boxes_over_a_prompt_are_as_wide_as_their_texts():
+    widths = [arranged(circuit).box[0] for circuit in (
+        over_prompt(),
+        over_prompt().with_labels({8: {11: "a label that is long enough to be cut off"}}),
+    )]  # fmt: skip
+    assert widths[0] < widths[1] == 1.35
 
 
 def test_levels_are_columns_from_left_to_right():
@@ -75,8 +111,9 @@ def test_few_edges_cross_where_none_has_to():
 def test_a_prompt_is_below_levels_from_the_bottom_up():
     found = arranged(over_prompt())
     embedding, first, second, error, later, logit = found.places
-    assert embedding[0] == first[0] == second[0] == error[0] < later[0] == logit[0]
-    assert embedding[1] > error[1] > second[1] and first[1] > later[1] > logit[1]
+    assert first[1] == second[1] == error[1] and embedding[1] > first[1] > later[1] > logit[1]
+    assert max(first[0], second[0]) < error[0] < later[0] == logit[0]
+    assert embedding[0] == pytest.approx((first[0] + second[0] + error[0]) / 3)
     assert [heading.text for heading in found.headings] == ["logits", "L10", "L8", "embeddings"]
     marks = {mark.text: mark for mark in found.marks}
     assert marks["␣France"].x == embedding[0] and marks["␣Paris"].x == logit[0]
@@ -135,6 +172,24 @@ def test_errors_look_different():
     assert len({box.get_facecolor() for box in features}) == 1
     assert error.get_facecolor() != features[0].get_facecolor()
     assert type(error.get_boxstyle()) is not type(features[0].get_boxstyle())
+
+
+@pytest.mark.parametrize("make, along", [(small, 0), (over_prompt, 1)])
+def test_edges_end_in_a_point_that_looks_where_they_go(make, along):
+    pytest.importorskip("matplotlib")
+    from matplotlib.patches import PathPatch, Polygon
+
+    ax = make().visualize().axes[0]
+    lines = [patch for patch in ax.patches if type(patch) is PathPatch]
+    points = [patch for patch in ax.patches if isinstance(patch, Polygon)]
+    assert len(lines) == len(points) > 0
+    for line, point in zip(lines, points, strict=True):
+        tip, *base = point.get_xy()[:3]
+        assert tuple(tip) == tuple(line.get_path().vertices[-1])
+        back = line.get_path().vertices[-2] - tip
+        middle = (base[0] + base[1]) / 2 - tip
+        assert middle[1 - along] == pytest.approx(0) and middle[along] * back[along] > 0
+        assert abs(base[0] - base[1])[1 - along] > 0.04
 
 
 def test_only_the_strongest_edges_are_drawn_and_that_is_said():
