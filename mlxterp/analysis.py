@@ -13,7 +13,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxterp.architecture import Architecture
-from mlxterp.sites import Site
+from mlxterp.sites import Site, SiteTable
 from mlxterp.tracing import Captured
 
 
@@ -66,6 +66,10 @@ class ActivationCache:
 
     def __repr__(self) -> str:
         return f"ActivationCache({len(self)} activations)"
+
+    def _repr_html_(self) -> str:
+        sites = {Site.from_string(name): array for name, array in self.activations.items()}
+        return SiteTable.of_arrays(f"{len(self)} activations", sites)._repr_html_()
 
     def _find(self, name: str) -> str | None:
         if name in self.activations:

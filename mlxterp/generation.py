@@ -82,6 +82,11 @@ class GenerationStream(Iterator[Any]):
         self.text += piece.text
         return piece
 
+    def close(self) -> None:
+        """End the generation where it is, in the thread that it ran in; nothing more comes."""
+        self._pieces.close()
+        self._recorder.close()
+
     def result(self) -> Generation:
         """All that was generated so far."""
         ids: list[int] = np.array(self._prompt).tolist()

@@ -108,3 +108,17 @@ def context_length(model: nn.Module, config: dict) -> int | None:
             if isinstance(value := source.get(key), int):
                 return value
     return None
+
+
+def facts(model: Any) -> list[tuple[str, str]]:
+    """What there is to know of an `InterpretableModel` at a glance, in words."""
+    weights: list[Any] = [array for _, array in tree_flatten(model.parameters())]
+    types = sorted({str(array.dtype).removeprefix("mlx.core.") for array in weights})
+    size = sum(array.nbytes for array in weights) / 1e6
+    return [
+        ("type", model.model_type),
+        ("layers", f"{model.n_layers}, of width {model.d_model}"),
+        ("vocabulary", "unknown" if model.vocab_size is None else f"{model.vocab_size:,} tokens"),
+        ("weights", f"{size:,.1f} MB, {', '.join(types)}"),
+        ("tokenizer", "none" if model.tokenizer is None else type(model.tokenizer).__name__),
+    ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -20,6 +19,7 @@ from mlxterp.constants import Recording
 from mlxterp.editing import editing
 from mlxterp.freezing import frozen, record
 from mlxterp.generation import GenerationStream
+from mlxterp.notebook import fragment
 from mlxterp.sae.base import BaseSAE
 from mlxterp.sae.checkpoint import load_sae
 from mlxterp.sae.config import SAEConfig
@@ -393,4 +393,5 @@ class InterpretableModel(TextMethods):
         )
 
     def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(repr(self))}</pre>{self.sites()._repr_html_()}"
+        title, groups = f"InterpretableModel: {self.name}", self.sites().groups()
+        return fragment("sites.html", title=title, facts=loading.facts(self), groups=groups)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import html
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, Self
+
+from mlxterp.notebook import fragment
 
 RESIDUAL = ("resid_pre", "resid_mid", "resid_post")
 COMPONENTS = (
@@ -111,6 +113,17 @@ class SiteTable:
         self.title = title
         self._sites = dict(sites)
 
+    @classmethod
+    def of_arrays(cls, title: str, arrays: Mapping[Site, Any]) -> Self:
+        """The sites of captured arrays with the shapes that these have; nothing is computed."""
+        return cls(
+            title,
+            {
+                site: SiteInfo(site, tuple(x.shape), str(x.dtype).removeprefix("mlx.core."))
+                for site, x in arrays.items()
+            },
+        )
+
     def __iter__(self) -> Iterator[Site]:
         return iter(self._sites)
 
@@ -140,13 +153,19 @@ class SiteTable:
         lines = [f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows]
         return "\n".join([self.title, *lines])
 
-    def _repr_html_(self) -> str:
-        def row(cells: Iterable[str], tag: str) -> str:
-            return f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"
+    def groups(self) -> list[tuple[str, list[tuple[str, str, str]], bool]]:
+        """The `rows` by where they are, with a name for each group, and whether they are few and
+        often wanted: components of layers, modules in them, and what is outside."""
+        names = ("Components of layers", "Modules in layers", "Outside of layers")
+        found: dict[str, list[tuple[str, str, str]]] = {name: [] for name in names}
+        for row in self.rows():
+            component = row[0].removeprefix("layers.*.")
+            place = 2 if not row[1] else 0 if component in COMPONENTS else 1
+            found[names[place]].append(row)
+        return [(name, rows, name != names[1]) for name, rows in found.items()]
 
-        head = row(("site", "layers", "shape"), "th")
-        body = "".join(row(cells, "td") for cells in self.rows())
-        return f"<table><caption>{html.escape(self.title)}</caption>{head}{body}</table>"
+    def _repr_html_(self) -> str:
+        return fragment("sites.html", title=self.title, groups=self.groups())
 
 
 def _ranges(numbers: list[int]) -> str:

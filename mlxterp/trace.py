@@ -15,8 +15,11 @@ import numpy as np
 from mlxterp import tracing
 from mlxterp.architecture import Architecture
 from mlxterp.hooks import first_array
-from mlxterp.sites import OUTPUT, Site, canonical_component
+from mlxterp.notebook import fragment
+from mlxterp.sites import OUTPUT, Site, SiteTable, canonical_component
 from mlxterp.tracing import Captured, Plan, make_plan
+
+SHOWN = 200  # characters of a text in a notebook
 
 _open: ContextVar[tuple[Trace, ...]] = ContextVar("mlxterp_traces", default=())
 
@@ -52,8 +55,16 @@ class TraceActivations(Mapping[str, mx.array]):
     def __len__(self) -> int:
         return len(self._keys)
 
+    def table(self) -> SiteTable:
+        """The sites with the shapes of their activations, which are not computed for that."""
+        sites = {site: self._captured[site] for site in self._keys.values()}
+        return SiteTable.of_arrays(f"{len(sites)} activations", sites)
+
     def __repr__(self) -> str:
         return f"TraceActivations({len(self)} sites: {', '.join(list(self)[:3])}, ...)"
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
 
 
 class Trace:
@@ -113,6 +124,22 @@ class Trace:
     def __repr__(self) -> str:
         return f"Trace(saved_values={len(self.saved_values)}, activations={len(self.activations)})"
 
+    def _repr_html_(self) -> str:
+        facts, groups = [], []
+        if isinstance(self.inputs, str):
+            facts.append(("text", _beginning(self.inputs)))
+        if self.tokens is not None:
+            facts.append(("tokens", str(list(self.tokens.shape))))
+        if self.interventions:
+            facts.append(("interventions", ", ".join(map(str, self.interventions))))
+        saved = {Site.from_string(name): array for name, array in self.saved_values.items()}
+        if saved:
+            groups.append(("Saved values", SiteTable.of_arrays("", saved).rows(), True))
+        if isinstance(self.activations, TraceActivations):
+            groups += self.activations.table().groups()
+        title = "Trace" if self.tokens is not None else "Trace: not entered yet"
+        return fragment("sites.html", title=title, facts=facts, groups=groups)
+
     def _names(self, done: Captured) -> dict[str, Site]:
         known = self.model.architecture.all_sites
         paths = {site: known.get(site) for site in done}
@@ -125,6 +152,10 @@ class Trace:
 
     def _name(self, site: Site, path: str | None) -> str:
         return f"model.{path}" if path else str(site)
+
+
+def _beginning(text: str) -> str:
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
 
 
 def current_trace(model: Traceable) -> Trace | None:

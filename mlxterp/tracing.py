@@ -22,7 +22,7 @@ from mlxterp.hooks import (
     with_first_array,
 )
 from mlxterp.interventions import takes_context
-from mlxterp.sites import Site
+from mlxterp.sites import Site, SiteTable
 
 Edit = Callable[..., mx.array]
 Spelling = str | Site
@@ -85,6 +85,9 @@ class Captured(Mapping[Site, mx.array]):
     def __repr__(self) -> str:
         shapes = ", ".join(f"{site}: {list(x.shape)}" for site, x in self._activations.items())
         return f"{type(self).__name__}({shapes})"
+
+    def _repr_html_(self) -> str:
+        return SiteTable.of_arrays("Captured", self._activations)._repr_html_()
 
 
 class Stop(BaseException):

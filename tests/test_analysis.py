@@ -11,6 +11,7 @@ from mlxterp.analysis import (
     get_activations,
 )
 from mlxterp.model import InterpretableModel
+from tests.pages import checked
 from tests.tiny_models import build
 
 PROMPTS = ["one two three four five", "six", "seven eight", "nine ten eleven"]
@@ -89,6 +90,7 @@ def test_a_cache_names_the_nearest():
     assert cache.get("layers.4.mlp") is None
     assert list(cache) == ["layers.3.mlp"]
     assert repr(cache) == "ActivationCache(1 activations)"
+    assert ["layers.*.mlp", "3", "[1] float32"] in checked(cache._repr_html_()).cells
     with pytest.raises(KeyError, match=r"nearest existing: layers\.3\.mlp"):
         cache["layers.3.mpl"]
 

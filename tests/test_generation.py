@@ -111,6 +111,14 @@ def test_between_pieces_the_model_is_as_it_was(demo):
     assert mx.array_equal(demo(mx.array([[1, 2]])), logits)
 
 
+def test_a_stream_that_is_closed_has_what_it_had(demo):
+    pieces = demo.stream(PROMPT, max_tokens=8)
+    first = next(pieces)
+    pieces.close()
+    assert next(pieces, None) is None and pieces.result().text == first.text
+    assert demo.generate(PROMPT, max_tokens=1).text == first.text
+
+
 def test_a_stream_resumed_inside_a_trace_and_another_stream(demo):
     expected = demo.generate(PROMPT, max_tokens=6, edit={"layers.2": steer}).tokens
     plain = demo.generate(PROMPT, max_tokens=6).tokens

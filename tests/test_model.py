@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlxterp import loading
 from mlxterp.loading import DEMO, fingerprint
 from mlxterp.model import InterpretableModel
+from tests.pages import checked
 from tests.tiny_models import build
 
 
@@ -27,7 +28,11 @@ def test_the_demo_model(demo):
     assert demo.special_token_ids == {0, 1, 2}
     assert {x.dtype for _, x in tree_flatten(demo.parameters())} == {mx.float32}
     assert repr(demo) == "InterpretableModel(\n  model=demo,\n  layers=6,\n  tokenizer=✓\n)"
-    assert "demo" in demo._repr_html_()
+    page = checked(demo._repr_html_())
+    facts = {row[0]: row[1] for row in page.cells if len(row) == 2}
+    assert facts["layers"] == "6, of width 128" and facts["vocabulary"] == "4,096 tokens"
+    assert facts["weights"] == "6.8 MB, float32" and "InterpretableModel: demo" in page.text
+    assert ["layers.*.attn_in", "0-5", "[B, S, 128] float32"] in page.cells
 
 
 def test_a_local_directory(demo):

@@ -9,7 +9,8 @@ import pytest
 from mlx.utils import tree_map
 
 from mlxterp.model import InterpretableModel
-from mlxterp.sites import Site, UnknownSiteError
+from mlxterp.sites import Site, SiteTable, UnknownSiteError
+from tests.pages import checked
 from tests.tiny_models import build
 
 
@@ -123,7 +124,14 @@ def test_the_table(llama):
     assert "layers.*.mlp " in repr(table)
     assert "[B, S, 48]" in repr(table)
     assert "0-2" in repr(table)
-    assert "<td>layers.*.mlp</td>" in table._repr_html_()
+    page = checked(table._repr_html_())
+    assert ["layers.*.mlp", "0-2", "[B, S, 32] float32"] in page.cells
+    assert ["model.norm", "[B, S, 32] float32"] in page.cells  # which is in no layer
+    summaries = ["Components of layers (9)", "Modules in layers (10)", "Outside of layers (5)"]
+    assert [name for name in summaries if name in page.text] == summaries
+    assert [attributes for tag, attributes in page.tags if tag == "details"] == [
+        {"open": None}, {}, {"open": None},
+    ]  # fmt: skip
     positions = [str(site) for site in table]
     order = ["layers.0.resid_pre", "layers.0.attn_in", "layers.0.attn", "layers.0.attn_out",
              "layers.0.resid_mid", "layers.0.mlp_in", "layers.0.mlp", "layers.0.mlp_out",
@@ -247,3 +255,10 @@ def test_other_integers_are_layers_and_other_types_are_errors(llama):
 
 def test_a_table_is_indexed_by_names_too(demo):
     assert demo.sites()["layers.0.mlp"] is demo.sites()[Site(0, "mlp")]
+
+
+def test_a_table_of_arrays_computes_nothing():
+    arrays = {Site(i, "<b>"): mx.zeros((2, 3), mx.bfloat16) / 0 for i in (0, 1)}
+    table = SiteTable.of_arrays("two", arrays)
+    assert table.rows() == [("layers.*.<b>", "0-1", "[2, 3] bfloat16")]
+    assert checked(table._repr_html_()).cells[1] == ["layers.*.<b>", "0-1", "[2, 3] bfloat16"]

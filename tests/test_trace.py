@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from mlxterp.model import InterpretableModel
+from mlxterp.notebook import visible
+from tests.pages import NASTY, checked
 from tests.tiny_models import build
 
 TOKENS = mx.array([[1, 2, 3, 4]])
@@ -214,3 +216,41 @@ def test_modules_that_were_exchanged_after_wrapping_are_an_error():
         model.trace(TOKENS).__enter__()
     with InterpretableModel(model.model).trace(TOKENS) as trace:
         assert "layers.0.self_attn.q_proj" in trace.activations
+
+
+def test_a_notebook_shows_what_a_trace_holds(model):
+    trace = model.trace(TOKENS, {"layers.0.mlp": lambda x: x})
+    assert "not entered yet" in checked(trace._repr_html_()).text
+    with trace:
+        model.layers[1].mlp.output.save()
+    page = checked(trace._repr_html_())
+    assert ["tokens", "[1, 4]"] in page.cells and ["interventions", "layers.0.mlp"] in page.cells
+    assert ["layers.*.mlp.output", "1", "[1, 4, 32] float32"] in page.cells
+    assert ["layers.*.mlp", "0-2", "[1, 4, 32] float32"] in page.cells
+    assert "Saved values (1)" in page.text
+    assert ["layers.*.mlp", "0-2", "[1, 4, 32] float32"] in checked(
+        trace.activations._repr_html_()
+    ).cells
+
+
+def test_a_notebook_shows_captured_sites_without_computing_them(model, monkeypatch):
+    monkeypatch.setattr(mx, "eval", None)
+    with model.trace(TOKENS, capture=["layers.*.mlp", "layers.1"]) as trace:
+        pass
+    rows = [
+        ["layers.*.mlp", "0-2", "[1, 4, 32] float32"],
+        ["layers.*.resid_post", "1", "[1, 4, 32] float32"],
+    ]
+    for shown in (trace, model.run(TOKENS, capture=["layers.*.mlp", "layers.1"])):
+        page = checked(shown._repr_html_())
+        assert all(row in page.cells for row in rows) and "Modules in layers" not in page.text
+
+
+def test_any_text_of_a_trace_is_shown_as_text(demo):
+    text = NASTY.replace("\ud83d", "")  # which no tokenizer takes
+    with demo.trace(text) as trace:
+        pass
+    assert ["text", visible(text)] in checked(trace._repr_html_()).cells
+    with demo.trace("lion " * 100) as trace:
+        pass
+    assert trace._repr_html_().count("lion") == 40 and "…" in trace._repr_html_()

@@ -13,12 +13,14 @@ from mlxterp.sae.config import SAEConfig
 from mlxterp.sae.dataset import ActivationDataset
 from mlxterp.sae.files import write_directory
 from mlxterp.sae.labels.labels import LABELS_FILE
-from mlxterp.sae.metadata import Compatibility, compatibility
+from mlxterp.sae.metadata import Compatibility, compatibility, training_facts
 from mlxterp.sae.methods import CoderMethods
 from mlxterp.sae.source import ActivationSource
+from mlxterp.sae.visualization import fragment
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
+SITES_AT_ONCE = 4  # that a notebook shows unasked
 
 
 class BaseSAE(CoderMethods):
@@ -78,6 +80,27 @@ class BaseSAE(CoderMethods):
             },
         }
 
+    def _repr_html_(self) -> str:
+        facts, sites = [("reads", _listed(self.reads))], self.reads.to_list()
+        if self.writes != self.reads:
+            facts, sites = [*facts, ("writes", _listed(self.writes))], sites + self.writes.to_list()
+        k = "" if self.k is None else f", k = {self.k}"
+        facts += [
+            ("features", f"{self.n_features:,}"),
+            ("activation function", self.activation_name + k),
+            *[("skip connection", "yes")] * self.has_skip,
+            *training_facts(self.statistics.training, self.statistics.validation),
+            *[("model", str(name)) for name in [self.metadata.model.get("name")] if name],
+            *[("labels", f"{len(self.labels):,}")] * bool(self.labels),
+        ]
+        listed = [(str(site["site"]), f"width {site['width']}") for site in sites]
+        config = self.metadata.config.items()
+        more = {
+            "Sites": listed if len(listed) > SITES_AT_ONCE else [],
+            "Configuration": [(name, str(value)) for name, value in config if value is not None],
+        }
+        return fragment("facts.html", title=type(self).__name__, facts=facts, more=more)
+
     def save(self, path: str | Path) -> Path:
         """Write the coder as a directory (by custom named `*.mlx`) and return its path.
 
@@ -97,3 +120,10 @@ class BaseSAE(CoderMethods):
         self.path = write_directory(path, contents, marker=MARKER)
         self.labels.path = self.path / LABELS_FILE
         return self.path
+
+
+def _listed(columns: Columns) -> str:
+    names = columns.names
+    if len(names) <= SITES_AT_ONCE:
+        return str(columns)
+    return f"{len(names)} sites, {names[0]} to {names[-1]} (width {columns.width} together)"

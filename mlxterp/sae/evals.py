@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
@@ -15,6 +15,11 @@ from mlxterp.sae.dataset import ActivationDataset
 from mlxterp.sae.model_pair import owner
 from mlxterp.sae.source import ActivationSource
 from mlxterp.sae.steering.edits import Edit, splice
+from mlxterp.sae.visualization import Table, plot_density, plot_losses
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 BATCH_TOKENS = 4096
 BATCH_ENTRIES = 1 << 28  # of a dense code
@@ -47,6 +52,22 @@ class Fidelity:
         figures = {"fvu": self.fvu, "l0": self.l0, "dead": self.dead, "n_tokens": self.n_tokens}
         several = len(self.fvu_by_site) > 1
         return figures | ({"fvu_by_site": dict(self.fvu_by_site)} if several else {})
+
+    @property
+    def table(self) -> Table:
+        """The figures, and the FVU of each site where there are several."""
+        figures = {"FVU": f"{self.fvu:.4f}", "L0": f"{self.l0:.1f}", "silent": f"{self.dead:.1%}"}
+        rows = [*figures.items()]
+        if len(self.fvu_by_site) > 1:
+            rows += [(f"FVU of {site}", f"{fvu:.4f}") for site, fvu in self.fvu_by_site.items()]
+        return Table(f"Fidelity on {self.n_tokens:,} tokens", ("", ""), tuple(rows))
+
+    def _repr_html_(self) -> str:
+        return self.table._repr_html_()
+
+    def plot(self, ax: Axes | None = None) -> Figure:
+        """A matplotlib figure of how many features fire on which share of the tokens."""
+        return plot_density(self.firing_rates, ax)
 
     def __repr__(self) -> str:
         whole = (
@@ -128,6 +149,29 @@ class LossRecovered:
         }
         sites = {site: alone.to_dict() for site, alone in self.by_site.items()}
         return figures | ({"by_site": sites} if sites else {})
+
+    @property
+    def table(self) -> Table:
+        """The losses and what is recovered, with all sites replaced and with each alone."""
+        several = {"all sites" if self.by_site else "": self, **self.by_site}
+        rows = tuple(
+            (
+                name,
+                *(f"{loss:.3f}" for loss in (found.clean, found.spliced, found.ablated)),
+                "-" if found.recovered is None else f"{found.recovered:.1%}",
+            )
+            for name, found in several.items()
+        )
+        title = f"Loss in nats per token, over {self.n_tokens:,} tokens"
+        header = ("", "clean", "with the coder", "mean-ablated", "recovered")
+        return Table(title, header, rows)
+
+    def _repr_html_(self) -> str:
+        return self.table._repr_html_()
+
+    def plot(self, ax: Axes | None = None) -> Figure:
+        """A matplotlib figure of the losses as bars, with all sites replaced and each alone."""
+        return plot_losses({"all sites" if self.by_site else "": self, **self.by_site}, ax)
 
     def __repr__(self) -> str:
         lines = [f"  {site}: {alone._figures()}" for site, alone in self.by_site.items()]

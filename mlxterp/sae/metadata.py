@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -60,11 +61,30 @@ class Statistics:
         `visualization.plot_training`."""
         return visualization.plot_training(self.training, self.validation, axes)
 
+    def _repr_html_(self) -> str:
+        facts = training_facts(self.training, self.validation)
+        return visualization.fragment("facts.html", title="Training", facts=facts)
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Statistics:
         """The inverse of `to_dict`."""
         rates = np.array(values.get("firing_rates", []), dtype=np.float64)
         return cls(tuple(values.get("training", ())), tuple(values.get("validation", ())), rates)
+
+
+def training_facts(
+    training: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]]
+) -> list[tuple[str, str]]:
+    """What the last reports of a run say, in words; nothing where there is none."""
+    if not training:
+        return []
+    last, held = training[-1], (validation or [{}])[-1]
+    facts = [("trained on", f"{last['tokens']:,} tokens in {last['step']:,} steps")]
+    for key, name, form in (("fvu", "FVU", ".4f"), ("l0", "L0", ".1f"), ("dead", "dead", ".1%")):
+        shown = f"{last[key]:{form}}" if last.get(key) is not None else "unknown"
+        own = held.get(key) if key != "dead" else None
+        facts.append((name, shown if own is None else f"{shown}, held out {own:{form}}"))
+    return facts
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,11 @@ from mlxterp.sae.dataset import ActivationDataset
 from mlxterp.sae.demand import Training
 from mlxterp.sae.interrupts import Requests, stop_requests
 from mlxterp.sae.loggers import JSONLLogger
+from mlxterp.sae.metadata import training_facts
 from mlxterp.sae.parallel import Parallel, divide, first_before_others
 from mlxterp.sae.run import Plan, Run, TrainingError
 from mlxterp.sae.run_state import last_checkpoint
-from mlxterp.sae.visualization import plot_training
+from mlxterp.sae.visualization import fragment, plot_training
 
 logger = logging.getLogger("mlxterp")
 
@@ -63,6 +64,11 @@ class TrainingResult:
             dead = f"{100 * last['dead']:.1f}%"
             figures += f", fvu={last['fvu']:.4f}, l0={last['l0']:.1f}, dead={dead}"
         return f"TrainingResult({figures})"
+
+    def _repr_html_(self) -> str:
+        facts = training_facts(self.training, self.validation)
+        facts.append(("time", f"{self.seconds:,.0f} seconds"))
+        return fragment("facts.html", title="TrainingResult", facts=facts)
 
 
 class Trainer:

@@ -11,10 +11,10 @@ import numpy as np
 
 from mlxterp.sae.coder import SparseCoder
 from mlxterp.sae.features.attribution import direct_effects, total_effects
-from mlxterp.sae.features.display import pieces, strip, visible
+from mlxterp.sae.features.display import pieces, shaded, strip, visible
 from mlxterp.sae.features.peaks import FeatureActivation, Peaks, strongest
 from mlxterp.sae.source import ActivationSource
-from mlxterp.sae.visualization import plot_matrix, render
+from mlxterp.sae.visualization import fragment, plot_matrix, render
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -79,27 +79,33 @@ class TextAnalysis:
 
     def plot(self, ax: Axes | None = None) -> Figure:
         """A matplotlib figure of the scores of the top features at every token."""
-        scores = np.array([f.scores for f in self.top]).reshape(len(self.top), len(self.tokens))
-        names = [f"{f.feature_id}" for f in self.top]
-        # A dollar sign would begin a formula.
-        columns = [visible(token).replace("$", r"\$") for token in self.tokens]
+        none = (0.0,) * len(self.tokens)
+        columns = [token for token, *_ in strip(self.tokens, none)]
+        scores = [[score for _, score, _ in strip(self.tokens, f.scores)] for f in self.top]
         return plot_matrix(
-            scores, columns, names, label=MEANINGS[self.rank_by], row_label="feature", ax=ax
+            np.array(scores),
+            columns,
+            [f"{f.feature_id}" for f in self.top],
+            label=MEANINGS[self.rank_by],
+            row_label="feature",
+            column_label="token",
+            ax=ax,
         )
 
     def _repr_html_(self) -> str:
-        largest = [features[0][1] if features else 0.0 for features in self.by_token]
+        return fragment("text.html", **self._shades())
+
+    def _shades(self) -> dict[str, Any]:
+        """What the template shows."""
+        best = [features[0][1] if features else 0.0 for features in self.by_token]
         titles = [", ".join(f"{i} ({self._shown(x)})" for i, x in f) for f in self.by_token]
-        rows = [(f, strip(self.tokens, f.scores)) for f in self.top]
-        return render(
-            "text.html",
-            analysis=self,
-            title=visible(self._title()),
-            text=strip(self.tokens, largest, titles),
-            rows=rows,
-            largest=max((abs(f.score) for f in self.top), default=0.0) or 1.0,
-            visible=visible,
-        )
+        largest = max((abs(f.score) for f in self.top), default=0.0)
+        return {
+            "analysis": self,
+            "title": visible(self._title()),
+            "text": shaded(strip(self.tokens, best, titles), largest),
+            "rows": [(f, shaded(strip(self.tokens, f.scores), largest)) for f in self.top],
+        }
 
 
 @dataclass(frozen=True)
@@ -142,7 +148,8 @@ class TextAnalyses(Sequence[TextAnalysis]):
         }
 
     def _repr_html_(self) -> str:
-        return render("texts.html", analyses=self, visible=visible)
+        bodies = [render("text.html", **analysis._shades()) for analysis in self.texts]
+        return fragment("texts.html", analyses=self, bodies=bodies)
 
 
 def encode_text(

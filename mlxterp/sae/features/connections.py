@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -13,7 +14,7 @@ from mlxterp.sae.coder import SparseCoder, check_feature
 from mlxterp.sae.features.logit_effects import logit_effects
 from mlxterp.sae.model_pair import owner
 from mlxterp.sae.source import ActivationSource
-from mlxterp.sae.visualization import new_figure
+from mlxterp.sae.visualization import LESS, MORE, Table, dress, new_figure
 from mlxterp.sites import COMPONENTS, Site
 
 if TYPE_CHECKING:
@@ -42,9 +43,17 @@ class Connected:
         """Everything, as plain values."""
         return asdict(self)
 
-    def __repr__(self) -> str:
+    def _repr_html_(self) -> str:
+        cells = ([(str(name), f"{w:.2f}") for name, w in side] for side in (self.top, self.bottom))
+        rows = tuple(a + b for a, b in zip_longest(*cells, fillvalue=("", "")))
+        return Table(self._title(), ("+", "", "-", ""), rows)._repr_html_()
+
+    def _title(self) -> str:
         what = "tokens" if any(isinstance(name, str) for name, _ in self.top) else "features"
-        lines = [f"{what} that feature {self.feature_id} {self.direction}"]
+        return f"{what} that feature {self.feature_id} {self.direction}"
+
+    def __repr__(self) -> str:
+        lines = [self._title()]
         for sign, pairs in (("+", self.top), ("-", self.bottom)):
             lines.append(f"  {sign} " + "  ".join(f"{name!r} ({w:.2f})" for name, w in pairs[:8]))
         return "\n".join(lines)
@@ -91,30 +100,40 @@ class InputInvariantWeights:
             "connections": listed,
         }
 
+    def _times(self, connection: Connection) -> float:
+        return abs(connection.weight) / self.rms if self.rms else 0.0
+
     def __repr__(self) -> str:
         lines = [
             f"InputInvariantWeights({self.n_earlier:,} earlier x {self.n_later:,} later features, "
             f"root mean square {self.rms:.3g})"
         ]
-        for c in self.strongest():
-            times = abs(c.weight) / self.rms if self.rms else 0.0
-            lines.append(f"  {c!r}  ({times:.1f} times that)")
+        lines += [f"  {c!r}  ({self._times(c):.1f} times that)" for c in self.strongest()]
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        rows = tuple(
+            (f"{c.earlier} → {c.later}", f"{c.weight:+.3f}", f"{self._times(c):.1f}")
+            for c in self.strongest()
+        )
+        title = (
+            f"Weights of {self.n_earlier:,} earlier x {self.n_later:,} later features, "
+            f"root mean square {self.rms:.3g}"
+        )
+        return Table(title, ("features", "weight", "times that"), rows)._repr_html_()
 
     def plot(self, n: int = 20, axes: Axes | None = None) -> Figure:
         """A matplotlib figure of the `n` strongest connections, as bars; the band is what weights
         are on average. Raises `ImportError` where matplotlib is missing."""
         shown = self.strongest(n)
         ax: Any = axes or new_figure(5.2, 0.8 + 0.24 * len(shown)).subplots()
-        colors = ["#0072B2" if c.weight > 0 else "#D55E00" for c in shown]
+        colors = [MORE if c.weight > 0 else LESS for c in shown]
         ax.axvspan(-self.rms, self.rms, color="0.9", zorder=0)
         ax.barh(range(len(shown)), [c.weight for c in shown], color=colors)
-        ax.set_yticks(range(len(shown)), [f"{c.earlier} → {c.later}" for c in shown], fontsize=9)
+        ax.set_yticks(range(len(shown)), [f"{c.earlier} → {c.later}" for c in shown])
         ax.invert_yaxis()
         ax.axvline(0, color="0.3", linewidth=0.8)
-        ax.set_xlabel("weight of the connection", fontsize=9)
-        ax.spines[["top", "right"]].set_visible(False)
-        return ax.get_figure()
+        return dress(ax, "weight of the connection", "earlier feature → later feature")
 
 
 def reads(
@@ -307,22 +326,28 @@ def _precedes(written: str, read: str) -> bool:
     return first < second
 
 
-def _token_weights(model: ActivationSource, row: mx.array) -> np.ndarray:
-    """The product of every token's embedding with a row, `[n_vocabulary]`."""
+def token_embeddings(model: ActivationSource, width: int) -> Iterator[tuple[int, mx.array]]:
+    """What the first block receives for each token alone, `[n, width]` in float32, some tokens at a
+    time with the first of them.
+
+    Raises `ValueError` where that has another width, and for a model that has no `vocab_size`.
+    """
     size = getattr(model, "vocab_size", None)
     if size is None:
         raise ValueError("The tokens that a feature reads need a model that has a vocab_size.")
     site = str(model.site(0, "resid_pre"))
-    if model.width(site) != len(row):
+    if model.width(site) != width:
         raise ValueError(
-            f"This coder reads a width of {len(row)}, and embeddings have {model.width(site)}."
+            f"This coder reads a width of {width}, and embeddings have {model.width(site)}."
         )
-    found = []
     for start in range(0, size, ROWS_PER_BLOCK):
         tokens = mx.arange(start, min(start + ROWS_PER_BLOCK, size))[:, None]
-        embedded = model.run(tokens, capture=[site], stop=True)[site][:, 0]
-        found.append(np.array(embedded.astype(mx.float32) @ row))
-    return np.concatenate(found)
+        yield start, model.run(tokens, capture=[site], stop=True)[site][:, 0].astype(mx.float32)
+
+
+def _token_weights(model: ActivationSource, row: mx.array) -> np.ndarray:
+    """The product of every token's embedding with a row, `[n_vocabulary]`."""
+    return np.concatenate([np.array(x @ row) for _, x in token_embeddings(model, len(row))])
 
 
 def _ends(

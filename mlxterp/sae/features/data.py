@@ -13,11 +13,17 @@ import numpy as np
 
 from mlxterp.sae.coder import SparseCoder, check_feature
 from mlxterp.sae.corpus import Corpus
+from mlxterp.sae.features.co_occurrence import (
+    CoActive,
+    CoOccurrence,
+    co_occurrence,
+    most_frequent,
+)
 from mlxterp.sae.features.codes import Measure, SparseCodes, association
 from mlxterp.sae.features.examples import Example, ExampleReader, Interval
 from mlxterp.sae.files import read_arrays, read_json, write_directory
 from mlxterp.sae.source import ActivationSource
-from mlxterp.sae.visualization import new_axis
+from mlxterp.sae.visualization import fragment, plot_density
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,22 +33,9 @@ FORMAT_VERSION = 1
 MARKER = "collection.json"
 TYPES = ("F32", "F16", "I64", "I32", "U32", "U16")  # of the arrays that are saved
 N_BINS = 64  # of a histogram, two to the octave
-BARS = 40  # of the figure of firing rates
 OCTAVES_ABOVE = 8  # the largest value of the first tokens
 
 Kind = Literal["top", "random", "intervals"]
-
-
-@dataclass(frozen=True)
-class CoActive:
-    """A feature that fires on the same tokens as another, and on how many of them."""
-
-    feature_id: int
-    count: int
-    score: float
-
-    def __repr__(self) -> str:
-        return f"feature {self.feature_id}: {self.score:.3f}, together on {self.count:,} tokens"
 
 
 @dataclass(frozen=True)
@@ -131,18 +124,20 @@ class FeatureData:
         so many tokens of the same document are shown. Raises `ValueError` for an unknown feature
         or kind, and where the language model is not known.
         """
+        if kind == "intervals":
+            found = self.intervals(feature_id, n, 1, before, after)
+            return tuple(example for interval in found for example in interval.examples)
+        return self._texts.read(feature_id, self.positions(feature_id, n, kind), before, after)
+
+    def positions(self, feature_id: int, n: int = 10, kind: Kind = "top") -> np.ndarray:
+        """Where the `top` or `random` ones of `examples` are in the flattened tokens."""
         feature_id = check_feature(self.coder, feature_id)
         if kind == "top":
             positions = self.top_positions[feature_id, :n]
-            positions = positions[positions >= 0]
-        elif kind == "random":
-            positions = self._drawn(feature_id, n)
-        elif kind == "intervals":
-            found = self.intervals(feature_id, n, 1, before, after)
-            return tuple(example for interval in found for example in interval.examples)
-        else:
-            raise ValueError(f"kind must be 'top', 'random' or 'intervals', got {kind!r}.")
-        return self._texts.read(feature_id, positions, before, after)
+            return positions[positions >= 0]
+        if kind == "random":
+            return self._drawn(feature_id, n)
+        raise ValueError(f"kind must be 'top', 'random' or 'intervals', got {kind!r}.")
 
     def intervals(
         self,
@@ -154,6 +149,15 @@ class FeatureData:
     ) -> tuple[Interval, ...]:
         """Random examples, `n` of each of evenly spaced intervals between a feature's maximum
         and 0, from strong to weak."""
+        return tuple(
+            Interval(low, high, share, self._texts.read(feature_id, drawn, before, after))
+            for low, high, share, drawn in self.interval_positions(feature_id, n_intervals, n)
+        )
+
+    def interval_positions(
+        self, feature_id: int, n_intervals: int = 10, n: int = 3
+    ) -> list[tuple[float, float, float, np.ndarray]]:
+        """Of each of `intervals` its bounds, its share, and where its examples are."""
         feature_id = check_feature(self.coder, feature_id)
         edges = np.linspace(0, self.maxima[feature_id], n_intervals + 1)
         rows, values = self.codes.of(feature_id)
@@ -162,11 +166,10 @@ class FeatureData:
         found = []
         for i in reversed(range(n_intervals)):
             of_these = rows[within == i]
-            drawn = self._drawn(feature_id, n, of_these)
-            examples = self._texts.read(feature_id, drawn, before, after)
             share = len(of_these) / max(1, len(rows))
-            found.append(Interval(float(edges[i]), float(edges[i + 1]), share, examples))
-        return tuple(found)
+            drawn = self._drawn(feature_id, n, of_these)
+            found.append((float(edges[i]), float(edges[i + 1]), share, drawn))
+        return found
 
     def example(self, feature_id: int, position: int, before: int = 16, after: int = 8) -> Example:
         """The stretch of text around a position, with a feature's values on it."""
@@ -222,6 +225,14 @@ class FeatureData:
             if scores[i] > -np.inf
         )
 
+    def co_occurrence(
+        self, features: Sequence[int] = (), n: int = 20, by: Measure = "jaccard"
+    ) -> CoOccurrence:
+        """How strongly each two of some features go together, by a measure of `co_active`; of the
+        `n` that fire most often, where none are given."""
+        given = [check_feature(self.coder, i) for i in dict.fromkeys(features)]
+        return co_occurrence(self.codes, given or most_frequent(self.codes, n), by)
+
     def co_activation(self, features: Sequence[int]) -> np.ndarray:
         """On how many of the tokens whose codes are kept each two of some features fire, `[n, n]`;
         on the diagonal, on how many each of them does."""
@@ -270,16 +281,16 @@ class FeatureData:
     def plot(self, ax: Axes | None = None) -> Figure:
         """A matplotlib figure of the firing rates: how many features fire on which share of the
         tokens. Raises `ImportError` where matplotlib is missing."""
-        ax = new_axis() if ax is None else ax
-        rates = np.log10(self.firing_rates[self.firing_counts > 0])
-        bins = np.linspace(np.floor(rates.min(initial=-1)), 0, BARS + 1)
-        ax.hist(rates, bins=bins.tolist(), color="#0072B2")
-        ax.set_xlabel("log10 of the share of tokens on which a feature fires", fontsize=9)
-        ax.set_ylabel("features", fontsize=9)
-        ax.set_title(f"{len(self.dead):,} of {self.n_features:,} never fire", fontsize=9)
-        ax.spines[["top", "right"]].set_visible(False)
-        figure: Any = ax.get_figure()
-        return figure
+        return plot_density(self.firing_rates, ax)
+
+    def _repr_html_(self) -> str:
+        dense = f"{len(self.dense()):,} on more than 10 % of the tokens"
+        facts = [
+            ("features", f"{self.n_features:,}: {len(self.dead):,} never fire, {dense}"),
+            ("tokens", f"{self.n_tokens:,} in {self.n_contexts:,} contexts"),
+            ("codes kept", f"of {self.codes.n_tokens:,} tokens"),
+        ]
+        return fragment("facts.html", title="Statistics of features", facts=facts)
 
     def __repr__(self) -> str:
         kept = self.codes.n_tokens / max(1, self.n_tokens)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterable, Sequence
 
+from mlxterp.notebook import visible
 from mlxterp.sae.source import ActivationSource
+
+__all__ = ["INCOMPLETE", "LONGEST_CHARACTER", "pieces", "shaded", "strip", "visible"]
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 LONGEST_CHARACTER = 8  # tokens; one of UTF-8 has up to 4 bytes, and its first may end another token
-GLYPHS = {"\n": "⏎", "\t": "⇥", "\r": "␍", "\x7f": "␡"}
 
 
 def pieces(source: ActivationSource, ids: Iterable[int]) -> tuple[str, ...]:
@@ -36,12 +37,6 @@ def _character(source: ActivationSource, ids: list[int], start: int) -> tuple[in
     return start + 1, source.to_str_tokens([ids[start]])[0]
 
 
-def visible(text: str) -> str:
-    """The text with a sign in the place of each character that would not be seen, or that would
-    change how what follows it is seen, such as the direction of writing."""
-    return "".join(_visible(character) for character in text)
-
-
 def strip(
     tokens: Sequence[str], scores: Sequence[float], titles: Sequence[str] | None = None
 ) -> list[tuple[str, float, str]]:
@@ -58,12 +53,13 @@ def strip(
     return parts
 
 
-def _visible(character: str) -> str:
-    if character in GLYPHS:
-        return GLYPHS[character]
-    if ord(character) < 0x20:
-        return chr(0x2400 + ord(character))
-    # Joiners hold emoji and letters of many scripts together; other marks of format stay hidden.
-    if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"):
-        return character if character in "\u200c\u200d" else f"\\u{ord(character):04x}"
-    return character
+def shaded(
+    parts: Iterable[tuple[str, float, str]], largest: float, peak: int = -1
+) -> list[tuple[str, float, str, bool]]:
+    """Parts of a text with their scores as shares of the largest, in [-1, 1], and whether each is
+    the one that is marked."""
+    size = abs(largest) or 1.0
+    return [
+        (text, min(1.0, max(-1.0, score / size)), title, i == peak)
+        for i, (text, score, title) in enumerate(parts)
+    ]

@@ -8,10 +8,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlxterp.notebook import fragment
 from mlxterp.sae.coder import SparseCoder
 from mlxterp.sae.corpus import Corpus
 from mlxterp.sae.features.codes import SparseCodes
-from mlxterp.sae.features.display import LONGEST_CHARACTER, pieces
+from mlxterp.sae.features.display import LONGEST_CHARACTER, pieces, shaded, strip
 from mlxterp.sae.source import ActivationSource
 
 
@@ -47,9 +48,18 @@ class Example:
         """The index of the token that has this text."""
         return next((i for i in range(self.peak, -1, -1) if self.tokens[i]), self.peak)
 
+    def parts(self, largest: float) -> list[tuple[str, float, str, bool]]:
+        """The text as it is shown: in parts, each with its share of the `largest` value, a title
+        and whether it holds the peak."""
+        peak = sum(map(bool, self.tokens[: self.marked + 1])) - 1
+        return shaded(strip(self.tokens, self.values), largest, peak)
+
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain values."""
         return asdict(self)
+
+    def _repr_html_(self) -> str:
+        return fragment("example.html", example=self)
 
     def __repr__(self) -> str:
         marked = (f"«{t}»" if i == self.marked else t for i, t in enumerate(self.tokens))
@@ -66,13 +76,20 @@ class Interval:
     share: float
     examples: tuple[Example, ...]
 
+    @property
+    def title(self) -> str:
+        """The bounds and the share in words."""
+        return f"{self.low:.2f} to {self.high:.2f}: {100 * self.share:.1f}% of the activations"
+
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain values."""
         return asdict(self)
 
+    def _repr_html_(self) -> str:
+        return fragment("example.html", interval=self)
+
     def __repr__(self) -> str:
-        lines = [f"{self.low:.2f} to {self.high:.2f}: {100 * self.share:.1f}% of the activations"]
-        return "\n".join([*lines, *(f"  {example}" for example in self.examples)])
+        return "\n".join([self.title, *(f"  {example}" for example in self.examples)])
 
 
 @dataclass(frozen=True, eq=False)

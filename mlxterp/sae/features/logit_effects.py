@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import zip_longest
-from typing import Any, Literal, get_args, overload
+from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
 import mlx.core as mx
 import numpy as np
@@ -15,12 +15,25 @@ from mlxterp.sae.coder import SparseCoder, check_feature
 from mlxterp.sae.features.display import visible
 from mlxterp.sae.model_pair import owner
 from mlxterp.sae.source import ActivationSource
-from mlxterp.sae.visualization import Table
+from mlxterp.sae.visualization import (
+    LESS,
+    MORE,
+    Table,
+    dress,
+    names,
+    new_axis,
+    plain,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Path = Literal["total", "direct"]
 Feature = int | Mapping[int, float]
 FEATURES_PER_PASS = 128
 TOKENS_PER_PASS = 512
+WIDEST = 9.0  # of a token in a figure, in sizes of its font
 
 
 @dataclass(frozen=True)
@@ -50,6 +63,18 @@ class LogitEffects:
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain values."""
         return asdict(self)
+
+    def plot(self, ax: Axes | None = None, n: int = 8) -> Figure:
+        """A matplotlib figure of the effects on the `n` tokens that are raised and lowered most, in
+        logits for each unit of the feature."""
+        pairs = [*self.top[:n], *reversed(self.bottom[:n])]
+        ax = new_axis(5.2, 0.9 + 0.24 * len(pairs)) if ax is None else ax
+        places = range(len(pairs))
+        ax.barh(places, [x for _, x in pairs], color=[MORE if x > 0 else LESS for _, x in pairs])
+        ax.set_yticks(places, names((t for t, _ in pairs), WIDEST), **plain())
+        ax.invert_yaxis()
+        ax.axvline(0, color="0.3", linewidth=0.8)
+        return dress(ax, "effect on the logit, for a unit of the feature")
 
     def _repr_html_(self) -> str:
         cells = ([(visible(t), f"{x:.2f}") for t, x in side] for side in (self.top, self.bottom))

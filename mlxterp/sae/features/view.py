@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mlxterp.sae.coder import SparseCoder, check_feature
+from mlxterp.sae.features.card import draw_card
 from mlxterp.sae.features.data import CoActive, FeatureData
-from mlxterp.sae.features.display import strip, visible
+from mlxterp.sae.features.display import visible
 from mlxterp.sae.features.examples import Example, Interval
 from mlxterp.sae.features.logit_effects import LogitEffects, logit_effects, writes_stream
 from mlxterp.sae.similarity.nearest import Neighbour, nearest
 from mlxterp.sae.source import ActivationSource
-from mlxterp.sae.visualization import new_axis, render
+from mlxterp.sae.visualization import MORE, dress, fragment, logarithmic, new_axis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -108,13 +110,32 @@ class FeatureView:
         """A matplotlib figure of the histogram of the feature's values where it fires."""
         ax = new_axis() if ax is None else ax
         counts, edges = self._occurring()
-        ax.stairs(counts, edges, fill=True, color="#0072B2")
-        ax.set_xscale("log")
-        ax.set_xlabel(f"value of feature {self.feature_id}", fontsize=9)
-        ax.set_ylabel("tokens", fontsize=9)
-        ax.spines[["top", "right"]].set_visible(False)
-        figure: Any = ax.get_figure()
-        return figure
+        ax.stairs(counts, edges, fill=True, color=MORE)
+        logarithmic(ax)
+        return dress(ax, f"value of feature {self.feature_id}", "tokens")
+
+    def card(self, n: int = 8) -> Figure:
+        """A matplotlib figure of one page: histogram, tokens that the feature makes more and less
+        likely, its `n` strongest examples, one of each strength, and some at random."""
+        facts = [
+            f"fires on {100 * self.firing_rate:.3g} % of tokens, mean {self.mean:.2f}, "
+            f"maximum {self.maximum:.2f}"
+        ]
+        for name, pairs in (
+            ("similar features (cosine)", [*self.similar]),
+            ("fire together (Jaccard)", [(o.feature_id, o.score) for o in self.co_active]),
+        ):
+            listed = "  ".join(f"{i} ({score:.2f})" for i, score in pairs[:8])
+            facts += [f"{name}  {listed}"] * bool(listed)
+        panels: list[Any] = [self.plot]
+        if self.logits is not None:
+            panels.append(partial(self.logits.plot, n=5))
+        sections = [("strongest", self.examples[:n])]
+        sections += [(interval.title, interval.examples[:1]) for interval in self.intervals]
+        sections += [("any of them, at random", self.random)]
+        label = "" if self.label is None else f": {self.label}"
+        title = f"Feature {self.feature_id}{label}"
+        return draw_card(title, facts, panels, sections, self.maximum)
 
     def _repr_html_(self) -> str:
         counts, edges = self._occurring()
@@ -123,7 +144,7 @@ class FeatureView:
             (int(n), low, high, 100 * n / tallest)
             for n, low, high in zip(counts.tolist(), edges, edges[1:], strict=False)
         ]
-        return render("feature.html", view=self, bars=bars, visible=visible, parts=_parts)
+        return fragment("feature.html", view=self, bars=bars)
 
 
 def view_feature(
@@ -151,10 +172,3 @@ def view_feature(
         similar=nearest(coder, feature_id, top_k=top_k).found,
         co_active=data.co_active(feature_id, top_k),
     )
-
-
-def _parts(example: Example) -> list[tuple[str, float, str, bool]]:
-    """The parts of an example's text, and whether each holds its peak."""
-    parts = strip(example.tokens, example.values)
-    peak = sum(map(bool, example.tokens[: example.marked + 1])) - 1
-    return [(*part, i == peak) for i, part in enumerate(parts)]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mlxterp.sae.features.display import visible
 from mlxterp.sae.files import read_json, sync, write_file
 from mlxterp.sae.labels.scores import Mean, Score
-from mlxterp.sae.visualization import COLOURS, Table, new_axis
+from mlxterp.sae.visualization import COLOURS, Table, dress, new_axis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -272,13 +272,9 @@ class FeatureLabels(Mapping[int, Label]):
                 )
         ax.axvline(0.5, color="#999999", linestyle=":", linewidth=1)
         if ax.patches:
-            ax.legend(frameon=False, fontsize=9)
+            ax.legend()
         ax.set_xlim(0, 1)
-        ax.set_xlabel("balanced accuracy of a label (0.5 is chance)", fontsize=9)
-        ax.set_ylabel("features", fontsize=9)
-        ax.spines[["top", "right"]].set_visible(False)
-        figure: Any = ax.get_figure()
-        return figure
+        return dress(ax, "balanced accuracy of a label (0.5 is chance)", "features")
 
 
 def _worth(label: Label) -> float:

@@ -11,7 +11,7 @@ import numpy as np
 
 from mlxterp.sae.coder import SparseCoder
 from mlxterp.sae.similarity.directions import Directions, Side, directions_of, needed
-from mlxterp.sae.visualization import COLOURS, new_axis
+from mlxterp.sae.visualization import COLOURS, FONT, dress, new_axis, write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -76,13 +76,10 @@ class FeatureMap:
                 raise ValueError(f"values must be {len(self.points)}, got shape {found.shape}.")
             draw = _scaled if found.dtype.kind == "f" else _kinds
             draw(ax, self.points, found, label)
-        for axis, i in ((ax.xaxis, 0), (ax.yaxis, 1)):
-            share = "" if self.explained is None else f" ({self.explained[i]:.1%})"
-            axis.set_label_text(f"{self.method} {i + 1}{share}", fontsize=9)
-        ax.set_title(CAPTION, fontsize=8, color="0.35")
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.tick_params(labelsize=8)
-        figure: Any = ax.get_figure()
+        shares = ["", ""] if self.explained is None else [f" ({x:.1%})" for x in self.explained]
+        names = [f"{self.method} {i}{share}" for i, share in enumerate(shares, 1)]
+        figure = dress(ax, names[0], names[1], CAPTION)
+        ax.title.set_color("0.35")
         return figure
 
 
@@ -164,8 +161,8 @@ def _points(ax: Axes, points: np.ndarray, **style: Any) -> Any:
 def _scaled(ax: Axes, points: np.ndarray, values: np.ndarray, label: str) -> None:
     figure: Any = ax.get_figure()
     bar = figure.colorbar(_points(ax, points, c=values, cmap="viridis"), ax=ax)
-    bar.set_label(label, fontsize=9)
-    bar.ax.tick_params(labelsize=8)
+    write(bar.ax.yaxis.label, label, fontsize=FONT)
+    bar.ax.tick_params(labelsize=FONT)
 
 
 def _kinds(ax: Axes, points: np.ndarray, values: np.ndarray, label: str) -> None:
@@ -177,4 +174,4 @@ def _kinds(ax: Axes, points: np.ndarray, values: np.ndarray, label: str) -> None
         _points(ax, points[rest], color=COLOURS[-1], alpha=0.4, label="others")
     for kind, colour in zip(shown, COLOURS, strict=False):
         _points(ax, points[values == kind], color=colour, label=f"{label} {kind}".strip())
-    ax.legend(frameon=False, fontsize=8)
+    ax.legend()

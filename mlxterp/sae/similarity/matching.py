@@ -10,7 +10,7 @@ import numpy as np
 from mlxterp.sae.coder import SparseCoder
 from mlxterp.sae.similarity.directions import Directions, Side, needed, pair_of_directions
 from mlxterp.sae.similarity.nearest import scan
-from mlxterp.sae.visualization import COLOURS, Table, new_axis
+from mlxterp.sae.visualization import COLOURS, Table, dress, new_axis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -145,12 +145,8 @@ class Matching:
             found = self._sizes(cosines[np.isfinite(cosines)])
             ax.hist(found, bins=edges, color=colour, alpha=0.7, label=label)
         ax.axvline(self.threshold, color="0.3", linewidth=0.8, linestyle="--")
-        ax.set_xlabel(f"{'size of the ' * self.absolute}{self.by} cosine of a pair", fontsize=9)
-        ax.set_ylabel("features", fontsize=9)
-        ax.legend(frameon=False, fontsize=9)
-        ax.spines[["top", "right"]].set_visible(False)
-        figure: Any = ax.get_figure()
-        return figure
+        ax.legend()
+        return dress(ax, f"{'size of the ' * self.absolute}{self.by} cosine of a pair", "features")
 
 
 def match(

@@ -13,7 +13,7 @@ from mlxterp.sae.coder import SparseCoder
 from mlxterp.sae.model_pair import owner
 from mlxterp.sae.source import ActivationSource
 from mlxterp.sae.steering.edits import Edit, Features, steering_edit
-from mlxterp.sae.visualization import COLOURS, Table, new_figure
+from mlxterp.sae.visualization import COLOURS, Table, dress, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -249,16 +249,11 @@ class SteeringReport:
             style |= {"markersize": 3.5, "label": label}
             by_strength.plot(np.array(self.strengths)[order], response.effects[order], **style)
             by_cost.plot(response.kl[order], response.effects[order], **style)
-        by_strength.set_ylabel("change of the targets' log-probability (nats)", fontsize=9)
-        by_strength.set_xlabel("strength", fontsize=9)
-        by_cost.set_xlabel("KL(plain ‖ steered) (nats per token)", fontsize=9)
         handles, labels = by_strength.get_legend_handles_labels()
         unique = dict(zip(labels, handles, strict=True))
-        by_strength.legend(unique.values(), unique.keys(), frameon=False, fontsize=9)
-        for ax in (by_strength, by_cost):
-            ax.spines[["top", "right"]].set_visible(False)
-            ax.tick_params(labelsize=9)
-        return figure
+        by_strength.legend(unique.values(), unique.keys())
+        dress(by_strength, "strength", "change of the targets' log-probability (nats)")
+        return dress(by_cost, "KL(plain ‖ steered) (nats per token)")
 
 
 def _finite(x: float) -> float | None:

@@ -8,6 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from mlxterp import InterpretableModel
+from mlxterp.notebook import visible
 from mlxterp.sae import SAE
 from mlxterp.sae.coder import Columns
 from mlxterp.sae.features import analysis as module
@@ -15,6 +16,7 @@ from mlxterp.sae.features.analysis import analyze_text
 from mlxterp.sae.features.attribution import direct_effects, total_effects
 from mlxterp.sae.model_pair import ModelPair
 from tests.fakes import FIRST, SITE, FakeSource
+from tests.pages import checked
 from tests.sae.features import coders
 from tests.sae.features.coders import of_sites
 
@@ -331,6 +333,7 @@ def test_nasty_text_is_shown_safely(sae, rank_by):
     assert all(line.isprintable() for line in repr(analysis).splitlines())
     assert len(repr(analysis).splitlines()) == 1 + len(analysis.tokens) + 3
     html = analysis._repr_html_()
+    assert visible(NASTY) in checked(html).text
     for bad in ("<script", "<img", "\u202e", "\x07", "\x1b", "\ufffd", "</script"):
         assert bad not in html
     for good in ("&lt;", "שלום"[0], "漢", "字", "👍", r"\u202e", "␇", "&amp;"):
@@ -343,16 +346,26 @@ def test_tokens_that_look_like_formulas_are_plotted_as_they_are():
     figure = analyze_text(one_to_one(), Letters(a=3, b=2), "a$_b$^").plot()
     figure.savefig(io.BytesIO(), format="svg")
     names = [label.get_text() for label in figure.axes[0].get_xticklabels()]
-    assert names == ["<s>", "a", r"\$", "_", "b", r"\$", "^"]
+    assert names == ["<s>", "a", "$", "_", "b", "$", "^"]
+
+
+def test_a_character_of_several_tokens_is_one_column(sae):
+    analysis = sae.analyze_text("a 👍", top_k=3)
+    ax = analysis.plot().axes[0]
+    shown = [token for token in analysis.tokens if token]
+    assert len(shown) < len(analysis.tokens)
+    values = ax.get_images()[0].get_array()
+    assert len(ax.get_xticklabels()) == len(shown) == values.shape[1]
+    assert values.max(axis=1).tolist() == pytest.approx([f.value for f in analysis.top])
 
 
 def test_html_shades_tokens_by_size_and_sign():
     coder = SAE(Columns((SITE,), (6,)), Columns((SITE,), (6,)), 6, "abs_topk", k=6)
     coder.W_enc = coder.W_dec = mx.eye(6)
     html = analyze_text(coder, Letters(a=2, b=-4), "abz")._repr_html_()
-    shades = re.findall(r"rgba\((\d+), \d+, \d+, ([\d.]+)\)", html)[:4]
-    assert [float(shade) for _, shade in shades] == [0.0, 0.5, 1.0, 0.0]
-    assert shades[1][0] == "255" and shades[2][0] == "0"
+    first = checked(html).parts[:4]
+    assert [share for _, share, _ in first] == [0.0, 0.5, 1.0, 0.0]
+    assert [names - {"strong"} for *_, names in first] == [set(), {"more"}, {"less"}, set()]
 
 
 def test_a_coder_in_half_precision_is_analysed():

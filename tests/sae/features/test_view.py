@@ -11,7 +11,9 @@ from mlxterp.sae.features.examples import Example, Interval
 from mlxterp.sae.features.logit_effects import LogitEffects
 from mlxterp.sae.features.view import FeatureView
 from mlxterp.sae.similarity.nearest import Neighbour
+from mlxterp.sae.visualization import width
 from tests.fakes import SITE, FakeSource
+from tests.pages import NASTY, checked
 
 EXAMPLES = (
     Example(("<script>", "alert('x')", "&\n"), (0.5, 2.0, 0.0), 1),
@@ -61,8 +63,11 @@ def test_html_escapes_everything_that_comes_from_text():
 
 
 def test_html_shades_tokens_by_their_share_of_the_maximum():
-    shades = [float(shade) for shade in re.findall(r"140, 0, ([\d.]+)\)", view()._repr_html_())]
-    assert shades[:5] == [0.12, 0.5, 0.0, 1.0, 0.0]
+    parts = checked(view()._repr_html_()).parts
+    assert [share for _, share, _ in parts][:5] == [0.12, 0.5, 0.0, 1.0, 0.0]
+    assert [classes for *_, classes in parts][:5] == [
+        {"more"}, {"more", "strong", "peak"}, set(), {"more", "strong", "peak"}, set(),
+    ]  # fmt: skip
 
 
 def test_html_draws_the_histogram_over_what_occurs():
@@ -76,7 +81,7 @@ def test_the_character_that_holds_the_peak_is_outlined_whole():
     for peak, character in peaks.items():
         example = Example(("a", "👍", "", "", "b"), (0.0, 1.0, -3.0, 0.0, 2.0), peak)
         html = view(examples=(example,), intervals=(), random=())._repr_html_()
-        assert re.findall(r"outline: [^>]*>([^<]*)</bdi>", html) == [character]
+        assert [text for text, _, names in checked(html).parts if "peak" in names] == [character]
         assert example.token == character
 
 
@@ -96,6 +101,81 @@ def test_a_view_becomes_plain_values_and_a_figure():
     assert plain["co_active"] == [{"feature_id": 9, "count": 12, "score": 0.5}]
     (patch,) = view().plot().axes[0].patches
     np.testing.assert_array_equal(patch.get_data().values, [2, 0, 8, 1])
+
+
+def drawn_texts(figure) -> list[str]:
+    return [text.get_text() for ax in figure.axes for text in ax.texts]
+
+
+def test_a_card_is_a_page_with_figures_and_shaded_examples():
+    figure = view(label=None).card()
+    page, histogram, effects = figure.axes
+    assert figure.get_size_inches()[0] == pytest.approx(8.27)
+    np.testing.assert_array_equal(histogram.patches[0].get_data().values, [2, 0, 8, 1])
+    assert [bar.get_width() for bar in effects.patches] == [2.0, -1.0]
+    texts = drawn_texts(figure)
+    assert texts[0] == "Feature 3"
+    assert texts[1:4] == [
+        "fires on 1.23 % of tokens, mean 1.50, maximum 4.00",
+        "similar features (cosine)  7 (0.91)",
+        "fire together (Jaccard)  9 (0.50)",
+    ]
+    at = [texts.index(name) for name in ("strongest", "2.00 to 4.00: 25.0% of the activations")]
+    assert texts[at[0] : at[1]] == [
+        "strongest", "2.00", "<script>", "alert('x')", "&⏎", "4.00", "a", "b",
+    ]  # fmt: skip
+    assert "0.00 to 2.00: 75.0% of the activations" not in texts  # nothing to show there
+    assert texts[texts.index("any of them, at random") + 1] == "2.00"
+
+
+def test_a_card_shades_each_token_by_its_share_where_it_stands():
+    page = view(intervals=(), random=()).card().axes[0]
+    shades = [box for box in page.patches if box.get_fill()]
+    assert [box.get_alpha() for box in shades] == pytest.approx(
+        [0.65 * share for share in (0.125, 0.5, 1.0)]
+    )
+    texts = {text.get_text(): text.get_position() for text in page.texts}
+    for text, box in zip(("<script>", "alert('x')", "a"), shades, strict=True):
+        assert texts[text][0] == pytest.approx(box.get_x())
+        assert box.get_y() < texts[text][1] < box.get_y() + box.get_height()
+    start, end = texts["alert('x')"][0], texts["&⏎"][0]
+    assert end - start == pytest.approx(shades[1].get_width()) == 8 * width("alert('x')")
+    peaks = [box.get_x() for box in page.patches if not box.get_fill()]
+    assert peaks == [texts["alert('x')"][0], texts["a"][0]]
+
+
+def test_a_card_keeps_the_peak_where_a_text_is_too_long_for_a_line():
+    tokens = tuple(f" word{i}" for i in range(300))
+    example = Example(tokens, tuple(float(i == 150) for i in range(300)), 150)
+    page = view(examples=(example,), intervals=(), random=()).card().axes[0]
+    shown = [text.get_text() for text in page.texts if text.get_text().startswith("word")]
+    at = shown.index("word150")
+    assert shown == [f"word{i}" for i in range(150 - at, 150 - at + len(shown))]
+    assert at > len(shown) - at - 1 > 0  # more before the peak
+    page.figure.draw_without_rendering()
+    edge = page.get_window_extent().x1
+    assert all(text.get_window_extent().x1 <= edge for text in page.texts)
+
+
+def test_a_card_holds_any_text():
+    example = Example((NASTY, "b"), (2.0, -1.0), 0)
+    effects = LogitEffects(((NASTY, 2.0),), (("b", -1.0),))
+    figure = view(label=NASTY, examples=(example,), random=(), intervals=(), logits=effects).card()
+    assert figure._repr_png_()
+    shown = "".join(drawn_texts(figure))
+    assert "$x_{$" in shown and not {"\x07", "\u202e", "\ud83d"} & set(shown)
+    nothing = view(examples=(), intervals=(), random=(), logits=None, histogram=np.zeros(6, int))
+    assert len(nothing.card().axes) == 2
+
+
+def test_html_of_any_text_is_harmless():
+    example = Example((NASTY, "b"), (2.0, -1.0), 0)
+    html = view(label=NASTY, examples=(example,), random=(example,))._repr_html_()
+    page = checked(html)
+    assert page.text.count("<script>alert(1)</script>") == 3
+    assert [names for text, _, names in page.parts if text == "b"][0] == {"less"}
+    for shown in (example, Interval(0.0, 2.0, 0.5, (example,))):
+        assert [share for _, share, _ in checked(shown._repr_html_()).parts] == [1.0, 0.5]
 
 
 def test_a_feature_of_the_session_is_shown_without_further_arguments(sae):
