@@ -25,8 +25,8 @@ from mlxterp import InterpretableModel  # isort: skip
 
 from mlxterp.sae import SAEConfig
 from mlxterp.sae.base import BaseSAE
-from mlxterp.sae.circuits.behavior import find_behavior_circuit
-from mlxterp.sae.circuits.between import circuit_cost, find_feature_circuits
+from mlxterp.sae.circuits.behavior.behavior import find_behavior_circuit
+from mlxterp.sae.circuits.dataset.between import circuit_cost, find_feature_circuits
 from mlxterp.sae.dataset import ActivationDataset
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))

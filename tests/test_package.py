@@ -65,15 +65,18 @@ sae.circuits
 sae.circuits.nodes sae.circuits.layout sae.circuits.summary sae.circuits.storage
 sae.circuits.validation sae.circuits.drawing sae.circuits.page sae.circuits.circuit
 sae.circuits.given sae.circuits.cost sae.circuits.derivatives
-sae.circuits.pathway sae.circuits.effects sae.circuits.between
-sae.circuits.targets sae.circuits.ablation sae.circuits.flows sae.circuits.edges
-sae.circuits.restoration sae.circuits.faithfulness sae.circuits.behavior
-sae.circuits.held sae.circuits.replacement
-sae.circuits.score_pairs sae.circuits.score_sources sae.circuits.score_changes
-sae.circuits.attention_scores sae.circuits.heads
-sae.circuits.influence sae.circuits.readouts sae.circuits.graph_checks
-sae.circuits.attribution_graph sae.circuits.graph_search
-sae.circuits.feature_export sae.circuits.graph_export
+sae.circuits.dataset sae.circuits.dataset.pathway sae.circuits.dataset.effects
+sae.circuits.dataset.between
+sae.circuits.behavior sae.circuits.behavior.targets sae.circuits.behavior.ablation
+sae.circuits.behavior.flows sae.circuits.behavior.edges sae.circuits.behavior.restoration
+sae.circuits.behavior.faithfulness sae.circuits.behavior.behavior
+sae.circuits.graph sae.circuits.graph.held sae.circuits.graph.replacement
+sae.circuits.attention sae.circuits.attention.score_pairs sae.circuits.attention.score_sources
+sae.circuits.attention.score_changes sae.circuits.attention.qk_attribution
+sae.circuits.attention.heads
+sae.circuits.graph.influence sae.circuits.graph.readouts sae.circuits.graph.checks
+sae.circuits.graph.attribution_graph sae.circuits.graph.search
+sae.circuits.graph.feature_export sae.circuits.graph.export
 sae
 model
 texts

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from mlxterp.sae.circuits.layout import Layout, Text
 from mlxterp.sae.circuits.nodes import Edge, Names, Node
-from mlxterp.sae.visualization import new_figure
+from mlxterp.sae.visualization import drawable, fitting, new_figure, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,12 +19,6 @@ THINNEST, WIDEST = 0.5, 4.5  # points
 FONT = 8.0  # points, where an inch of the layout is an inch of the figure
 LARGEST = 40.0  # inches of a figure
 LEGEND = 0.55
-# Where the usual font lacks a character, the first of these that is installed and has it.
-MORE_FONTS = (
-    "Arial Unicode MS", "Noto Sans", "Noto Sans CJK JP", "Noto Sans CJK SC", "Hiragino Sans",
-    "PingFang SC", "Microsoft YaHei", "WenQuanYi Zen Hei", "Noto Emoji", "Segoe UI Symbol",
-)  # fmt: skip
-MISSING = "□"
 
 
 def draw(
@@ -124,13 +117,9 @@ class _Pen:
         self.text(Text(*place, text, box[0] - 0.16), zorder=4, color="0.3" if is_error else "black")
 
     def text(self, text: Text, **style: Any) -> None:
-        families, fonts = _fonts()
-        shown = "".join(_drawable(fonts, character) for character in text.text)
-        self.ax.text(
-            text.x, text.y, _fitting(fonts, shown, text.width * 72 * self.scale / self.font),
-            fontsize=self.font, family=families, ha="center", va="center", parse_math=False,
-            **style,
-        )  # fmt: skip
+        shown = fitting(drawable(text.text), text.width * 72 * self.scale / self.font)
+        place = {"ha": "center", "va": "center", "fontsize": self.font}
+        self.ax.text(text.x, text.y, shown, **place, **plain(), **style)
 
     def legend(self, edges: Sequence[Edge], note: str) -> None:
         from matplotlib.lines import Line2D
@@ -142,46 +131,9 @@ class _Pen:
             for sign, (colour, line, label) in STYLES.items()
             if any((edge.weight >= 0) == sign for edge in edges)
         ]
-        families, fonts = _fonts()
-        title = "".join(_drawable(fonts, character) for character in note)
         legend = self.ax.legend(
-            handles=handles, title=title or None, loc="upper center", bbox_to_anchor=(0.5, 0.0),
-            ncols=2, frameon=False, fontsize=self.font, title_fontsize=self.font,
+            handles=handles, title=drawable(note) or None, loc="upper center",
+            bbox_to_anchor=(0.5, 0.0), ncols=2, frameon=False, fontsize=self.font,
+            title_fontsize=self.font,
         )  # fmt: skip
-        legend.get_title().set(parse_math=False, family=families)
-
-
-@lru_cache(maxsize=1)
-def _fonts() -> tuple[list[str], tuple[Any, ...]]:
-    """The families to draw with, the usual one first, and their fonts."""
-    from matplotlib import font_manager, rcParams
-
-    installed = {entry.name for entry in font_manager.fontManager.ttflist}
-    usual = font_manager.FontProperties().get_name()
-    families = [usual, *(name for name in MORE_FONTS if name in installed and name != usual)]
-    paths = [font_manager.findfont(name) for name in families]
-    fonts = tuple(font_manager.get_font(path) for path in paths)
-    return [*rcParams["font.family"], *families[1:]], fonts
-
-
-def _drawable(fonts: Sequence[Any], character: str) -> str:
-    """The character, or a box where no font has it, of which matplotlib would warn."""
-    return character if any(f.get_char_index(ord(character)) for f in fonts) else MISSING
-
-
-def _fitting(fonts: Sequence[Any], text: str, widest: float) -> str:
-    """The text, or its beginning, in no more than `widest` times the size of the font."""
-    room, kept = widest - _width(fonts, "…"), 0
-    if sum(_width(fonts, character) for character in text) <= widest:
-        return text
-    while (room := room - _width(fonts, text[kept])) >= 0:
-        kept += 1
-    return text[:kept].rstrip() + "…"
-
-
-@lru_cache(maxsize=4096)
-def _width(fonts: Sequence[Any], character: str) -> float:
-    """The width of a character, as a share of the font's size."""
-    font = next((f for f in fonts if f.get_char_index(ord(character))), fonts[0])
-    font.set_size(100, 72)
-    return font.load_char(ord(character)).linearHoriAdvance / 65536 / 100
+        legend.get_title().set(**plain())

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 import mlx.core as mx
 import numpy as np
 
-from mlxterp.sae.circuits.ablation import Kept, Prompt, find_states
-from mlxterp.sae.circuits.targets import Target, find_target
+from mlxterp.sae.circuits.behavior.ablation import Kept, Prompt, find_states
+from mlxterp.sae.circuits.behavior.targets import Target, find_target
 from mlxterp.sae.coder import Columns, SparseCoder
 from mlxterp.sae.sae import SAE
 from tests.sae.features.coders import KINDS, filled, make

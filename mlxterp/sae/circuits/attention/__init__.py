@@ -1,0 +1,1 @@
+"""Why heads look where they look."""

@@ -1,0 +1,1 @@
+"""Which features of one layer make which of a later one fire, over a dataset."""

@@ -1,0 +1,1 @@
+"""Attribution graphs: a prompt through transcoders, in which every edge is a linear effect."""
