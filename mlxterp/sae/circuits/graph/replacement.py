@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import mlx.core as mx
@@ -154,53 +155,72 @@ class Replacement:
         return held_edits(self.held, written)
 
     @cached_property
-    def _rows(self) -> dict[tuple[int, int], list[tuple[int, mx.array]]]:
-        """By coder and position, the held sites and what its features write there, `[n, width]`."""
-        number = {held.name: i for i, held in enumerate(self.held)}
-        found: dict[tuple[int, int], list[tuple[int, mx.array]]] = {}
+    def _groups(self) -> tuple[_Group, ...]:
+        """The features of each block of a coder that fire, and what they write."""
+        number, found = {held.name: i for i, held in enumerate(self.held)}, []
         for i, coder in enumerate(self.coders):
-            decoders = coder.decoder_blocks()
-            for t in range(self.n_tokens):
-                place = i * self.n_tokens + t
-                own = slice(*np.searchsorted(self._places, [place, place + 1]))
-                ids, z = self.features[own, 2], mx.array(self.values[own])
-                pieces = []
-                for block, W_dec in zip(coder.blocks, decoders, strict=True):
-                    start, stop = np.searchsorted(ids, [block.features.start, block.features.stop])
-                    some = mx.array(ids[start:stop] - block.features.start)
-                    rows = W_dec[some].astype(mx.float32) * z[start:stop, None]
-                    pieces.append(coder.in_place(rows, block))
-                written = mx.concatenate(pieces)
-                found[i, t] = [
-                    (number[name], written[:, part]) for name, part in coder.writes.slices.items()
-                ]
-        return found
-
-    @cached_property
-    def _places(self) -> np.ndarray:
-        """The coder and the position of each feature as one number, ascending."""
-        return self.features[:, 0] * self.n_tokens + self.features[:, 1]
+            ids, parts = self.features[:, 2], list(coder.writes.slices.values())
+            for block, W_dec in zip(coder.blocks, coder.decoder_blocks(), strict=True):
+                own = (ids >= block.features.start) & (ids < block.features.stop)
+                numbers = np.flatnonzero(own & (self.features[:, 0] == i))
+                if not len(numbers):
+                    continue
+                positions = self.features[numbers, 1]
+                ranks = np.arange(len(numbers)) - np.searchsorted(positions, positions)
+                rows = W_dec[mx.array(ids[numbers] - block.features.start)].astype(mx.float32)
+                rows = rows * mx.array(self.values[numbers])[:, None]
+                shape = self.n_tokens, int(ranks.max()) + 1, rows.shape[-1]
+                padded = mx.zeros(shape)
+                padded[mx.array(positions), mx.array(ranks)] = rows
+                start = block.writes.start
+                written = {
+                    number[name]: padded[..., part.start - start : part.stop - start]
+                    for name, part in zip(
+                        coder.writes.names[block.sites], parts[block.sites], strict=True
+                    )
+                }
+                found.append(_Group(numbers, positions, ranks, written))
+        return tuple(found)
 
     def _parts(self, slopes: Sequence[mx.array]) -> np.ndarray:
         """The parts of all sources, from the derivatives by what is written at each held site,
         `[n, S, width]`."""
-        parts = [mx.zeros((slopes[0].shape[0], 0))]
-        for (_, t), writes in self._rows.items():
-            first, *more = (slopes[i][:, t] @ rows.T for i, rows in writes)
-            parts.append(sum(more, first))
         of_errors = [
             (slope * held.errors).sum(axis=-1)
             for slope, held in zip(slopes, self.held, strict=True)
         ]
-        return np.array(mx.concatenate([*parts, *of_errors[1:], of_errors[0]], axis=1))
+        others = np.array(mx.concatenate([*of_errors[1:], of_errors[0]], axis=1))
+        found = np.empty((len(others), self.n_sources), np.float32)
+        found[:, len(self.features) :] = others
+        by_position = [slope.swapaxes(0, 1) for slope in slopes]
+        for group in self._groups:
+            found[:, group.numbers] = group.parts(by_position)
+        return found
 
     def writes(self, number: int) -> dict[int, tuple[int, mx.array]]:
         """What one source writes, by held site: a position and a vector."""
         if number < len(self.features):
-            coder, position, _ = self.features[number].tolist()
-            first = int(np.searchsorted(self._places, self._places[number]))
-            writes = self._rows[coder, position]
-            return {i: (position, rows[number - first]) for i, rows in writes}
+            group = next(group for group in self._groups if number in group.numbers)
+            at = int(np.searchsorted(group.numbers, number))
+            position, rank = int(group.positions[at]), int(group.ranks[at])
+            return {i: (position, rows[position, rank]) for i, rows in group.written.items()}
         i, position = divmod(number - len(self.features), self.n_tokens)
         i = (i + 1) % len(self.held)  # embeddings are held first, and numbered last
         return {i: (position, self.held[i].errors[position])}
+
+
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """Features that write the same sites, by their `numbers`, ascending, and what they write:
+    `written[site] [S, n, width]`, at each position that of the features of all `ranks` there."""
+
+    numbers: np.ndarray
+    positions: np.ndarray
+    ranks: np.ndarray
+    written: dict[int, mx.array]
+
+    def parts(self, slopes: Sequence[mx.array]) -> np.ndarray:
+        """The parts of the features, `[n, len(numbers)]`, from the derivatives at each held site,
+        `[S, n, width]`."""
+        first, *more = (slopes[i] @ rows.swapaxes(1, 2) for i, rows in self.written.items())
+        return np.array(sum(more, first))[self.positions, :, self.ranks].T
