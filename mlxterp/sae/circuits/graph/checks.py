@@ -22,7 +22,7 @@ from mlxterp.sae.source import ActivationSource, FreezableSource
 
 ErrorNodes = Literal["pruned", "kept"]
 
-TOLERANCE, TOLERANCE_16_BIT = 1e-3, 0.1
+TOLERANCE, TOLERANCE_TF32, TOLERANCE_16_BIT = 1e-3, 1e-2, 0.1
 FITTING = "An attribution graph takes transcoders and cross-layer transcoders of MLPs"
 
 
@@ -125,9 +125,12 @@ def _check_written(source: FreezableSource, coders: Mapping[int, BaseSAE]) -> No
 
 
 def tolerance(source: ActivationSource, tokens: mx.array) -> float:
-    """How large a relative error may be that is due to rounding."""
+    """How large a relative error may be that is due to rounding; GPUs may multiply in TF32, which
+    has ten bits for a number, as half precision has."""
     x = source.run(tokens, capture=EMBEDDING, stop=True)[EMBEDDING]
-    return TOLERANCE if x.dtype == mx.float32 else TOLERANCE_16_BIT
+    if x.dtype != mx.float32:
+        return TOLERANCE_16_BIT
+    return TOLERANCE if mx.default_device() == mx.Device(mx.cpu) else TOLERANCE_TF32
 
 
 def affine_error(replacement: Replacement, run: Run, rows: np.ndarray) -> float:
