@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, cast, overload
 
 import mlx.core as mx
@@ -11,6 +12,7 @@ import numpy as np
 
 from mlxterp.sae.bound import BoundCoder
 from mlxterp.sae.coder import SparseCoder, check_feature
+from mlxterp.sae.dashboard.dashboard import Dashboard, make_dashboard
 from mlxterp.sae.dataset import ActivationDataset
 from mlxterp.sae.features import analysis, connections, interpretation, peaks, view
 from mlxterp.sae.features import logit_effects as logits
@@ -257,6 +259,27 @@ class CoderMethods(BoundCoder):
     ) -> feature_maps.FeatureMap:
         """All features as points of a plane, to look at; see `map.feature_map`."""
         return feature_maps.feature_map(self, method, **options)
+
+    def dashboard(
+        self,
+        *,
+        model: ActivationSource | None = None,
+        validation_dataset: Iterable[str] | ActivationDataset | None = None,
+        port: int | None = 8080,
+        **options: Any,
+    ) -> Dashboard:
+        """All features in a browser, at a local address until `stop()`, and `save("page.html")`
+        for one offline file; see `dashboard.make_dashboard`.
+
+        Examples are from the `validation_dataset`, up to 200,000 tokens of it, and the coder is
+        measured on it; else from what `collect` found or, in its session, the training data.
+        """
+        given = validation_dataset
+        dataset = None if given is None else self._as_dataset(model, given, None)
+        data = self._collected(model, dataset)
+        data = replace(data, source=self.known_model(model))
+        held = self._held_out if dataset is None else dataset
+        return make_dashboard(data, self.labels, self.statistics, held, port=port, **options)
 
     def _other(
         self, other: SparseCoder | ActivationSource | None

@@ -1,0 +1,203 @@
+"""What the commands do: a few calls of the library each."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from mlxterp.cli.settings import given_settings
+from mlxterp.model import InterpretableModel
+from mlxterp.sae.base import BaseSAE
+from mlxterp.sae.checkpoint import load_sae
+from mlxterp.sae.cross_layer import CrossLayerTrainer
+from mlxterp.sae.crosscoder import CrosscoderTrainer
+from mlxterp.sae.dashboard.bundle import open_bundle
+from mlxterp.sae.dashboard.dashboard import Dashboard
+from mlxterp.sae.dashboard.layout import MARKER as BUNDLE
+from mlxterp.sae.dataset import ActivationDataset
+from mlxterp.sae.sae import SAETrainer
+from mlxterp.sae.source import find_site
+from mlxterp.sae.steering.sweep import peaked_features
+from mlxterp.sae.transcoder import TranscoderTrainer
+from mlxterp.texts import python_texts
+
+DEMO = "demo"
+TRAINERS: dict[str, Any] = {
+    "sae": SAETrainer,
+    "transcoder": TranscoderTrainer,
+    "crosscoder": CrosscoderTrainer,
+    "cross_layer_transcoder": CrossLayerTrainer,
+}
+
+
+def demo(arguments: Namespace) -> None:
+    """Train an SAE on the bundled model, measure it, show features and steer with one."""
+    model = InterpretableModel.demo()
+    dataset = ActivationDataset.from_texts(
+        model, python_texts(), 2, "residual", context_length=128, max_samples=arguments.tokens
+    )
+    print(dataset.info(batch_size=1024))
+    sae = model.train_sae(
+        layer=2, component="residual", dataset=dataset, save_path=arguments.save_path
+    )
+    print(sae, *sae.evaluate(), sep="\n")
+    data = sae.collect(max_tokens=200_000)
+    for feature_id in data.clearest(3):
+        print(f"\n{sae.visualize_feature(feature_id, top_k=4)}")
+    for feature_id in peaked_features(sae, model, data.firing_rates, n=1):
+        print(f"\n{sae.compare_generations(feature_id, 'The function returns', max_tokens=12)}")
+
+
+def train(arguments: Namespace) -> None:
+    """Train a coder on activations of a model."""
+    _needed(arguments, "model", "layer", "data")
+    model = _model(arguments.model)
+    reads, writes = _ends(arguments, model)
+    dataset = _dataset(arguments, model, [*dict.fromkeys((*reads, *writes))])
+    trainer = TRAINERS[arguments.kind](checkpoint_dir=arguments.checkpoint_dir)
+    coder = trainer.train_between(
+        model,
+        dataset.columns.those(reads),
+        dataset.columns.those(writes),
+        dataset,
+        save_path=arguments.save_path,
+        resume=arguments.resume,
+        **given_settings(arguments),
+    )
+    print(coder, *_known(coder.evaluate()), sep="\n")
+    if coder.path is not None:
+        print(f"saved at {coder.path}")
+
+
+def harvest(arguments: Namespace) -> None:
+    """Write a model's activations to a disk, to train on them many times."""
+    _needed(arguments, "model", "layer", "data", "cache_dir")
+    model = _model(arguments.model)
+    sites = _sites(model, arguments.layer, arguments.component or [None])
+    dataset = _dataset(
+        arguments, model, [*sites],
+        cache_dir=arguments.cache_dir, precision=arguments.precision, verbose=True,
+    )  # fmt: skip
+    print(dataset.info())
+
+
+def evaluate(arguments: Namespace) -> None:
+    """Measure a coder: FVU, L0, dead features, and the model's loss with it in place."""
+    coder, model = _coder(arguments)
+    _needed(arguments, "data")
+    sites = list(coder.reads.union(coder.writes).names)
+    found = coder.evaluate(dataset=_dataset(arguments, model, sites))
+    print(coder, *_known(found), sep="\n")
+    if arguments.json is not None:
+        parts = dict(zip(("fidelity", "loss"), found, strict=True))
+        values = {name: part.to_dict() for name, part in parts.items() if part is not None}
+        Path(arguments.json).write_text(json.dumps(values, indent=2), encoding="utf-8")
+
+
+def analyze(arguments: Namespace) -> None:
+    """Show what features respond to, or which of them a text activates."""
+    coder, model = _coder(arguments)
+    if arguments.text is not None:
+        print(coder.analyze_text(arguments.text, top_k=arguments.top_k))
+        return
+    if coder.features is None or arguments.collect:
+        _needed(arguments, "data")
+        coder.collect(_dataset(arguments, model, list(coder.reads.union(coder.writes).names)))
+    if arguments.label:
+        print(coder.auto_label_features())
+        return
+    data = coder.features
+    if data is None:
+        raise ValueError("Nothing was collected.")
+    print(data)
+    for feature_id in arguments.feature or data.clearest(3):
+        print(f"\n{coder.visualize_feature(feature_id, top_k=arguments.top_k)}")
+
+
+def dashboard(arguments: Namespace) -> None:
+    """Look at a coder, or at a dashboard's bundle, in a browser, or write one HTML file."""
+    if arguments.path is not None and (Path(arguments.path) / BUNDLE).is_file():
+        made = Dashboard(open_bundle(arguments.path))
+    else:
+        coder, model = _coder(arguments)
+        sites = list(coder.reads.union(coder.writes).names)
+        data = None if arguments.data is None else _dataset(arguments, model, sites)
+        made = coder.dashboard(validation_dataset=data, port=None)
+    if arguments.save is not None:
+        print(f"saved at {made.save(arguments.save)}")
+        return
+    print(f"{made.start(arguments.host, arguments.port)}; Ctrl-C ends it", flush=True)
+    made.wait()
+
+
+def _needed(arguments: Namespace, *names: str) -> None:
+    missing = [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name) is None]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} must be given, as a flag or in the config.")
+
+
+def _known(parts: Iterable[Any]) -> list[Any]:
+    return [part for part in parts if part is not None]
+
+
+def _model(name: str) -> InterpretableModel:
+    return InterpretableModel.demo() if name == DEMO else InterpretableModel(name)
+
+
+def _ends(
+    arguments: Namespace, model: InterpretableModel
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The sites that a coder reads and those that it writes."""
+    kind, layers, components = arguments.kind, arguments.layer, arguments.component or [None]
+    counts = {"layer": layers} if kind in ("sae", "transcoder") else {}
+    if kind != "crosscoder":
+        counts["component"] = components
+    for name, values in counts.items():
+        if len(values) > 1:
+            raise ValueError(f"--{name} of a {kind} must be one, got {values}.")
+    to = arguments.to_layer, arguments.to_component
+    if kind == "transcoder":
+        layer = layers if to[0] is None else [to[0]]
+        return _sites(model, layers, components), _sites(model, layer, [to[1] or components[0]])
+    if kind == "cross_layer_transcoder":
+        ends = components[0] or "mlp_in", to[1] or "mlp_out"
+        to = to[0], None
+    if to != (None, None):
+        raise ValueError(f"--to-layer and --to-component are for transcoders, not for a {kind}.")
+    if kind == "cross_layer_transcoder":
+        return _sites(model, layers, [ends[0]]), _sites(model, layers, [ends[1]])
+    sites = _sites(model, layers, components)
+    return sites, sites
+
+
+def _sites(
+    model: InterpretableModel, layers: Iterable[Any], components: Iterable[str | None]
+) -> tuple[str, ...]:
+    """The names of the sites of all layers and components."""
+    return tuple(str(find_site(model, a, b)) for a in layers for b in components)
+
+
+def _dataset(
+    arguments: Namespace, model: InterpretableModel, sites: list[str], **options: Any
+) -> ActivationDataset:
+    """The data that were named, of some sites."""
+    settings = {"context_length": arguments.context_length, "max_samples": arguments.max_samples}
+    given = {name: value for name, value in settings.items() if value is not None}
+    data = python_texts() if arguments.data == DEMO else arguments.data
+    if given or options or arguments.data == DEMO:
+        return ActivationDataset.from_texts(model, data, sites, **given, **options)
+    return ActivationDataset.of(model, data, sites, verbose=True)
+
+
+def _coder(arguments: Namespace) -> tuple[BaseSAE, InterpretableModel]:
+    """The coder at a path, bound to the model that is named, or to the one that it is of."""
+    if arguments.path is None:
+        raise ValueError("Give the directory of a coder.")
+    name = arguments.model or load_sae(arguments.path).metadata.model.get("name")
+    if not name:
+        raise ValueError(f"{arguments.path} does not say of which model it is: give --model.")
+    model = _model(name)
+    return model.load_sae(arguments.path), model
