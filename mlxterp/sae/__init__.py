@@ -3,6 +3,10 @@ their features mean."""
 
 from mlxterp.sae.callbacks import Callback, EarlyStopping, ProgressBar, StopTraining
 from mlxterp.sae.checkpoint import load_sae
+from mlxterp.sae.circuits.behavior.behavior import find_behavior_circuit
+from mlxterp.sae.circuits.circuit import Circuit
+from mlxterp.sae.circuits.dataset.between import find_feature_circuits
+from mlxterp.sae.circuits.graph.search import find_attribution_graph
 from mlxterp.sae.config import CrosscoderConfig, CrossLayerConfig, SAEConfig, TranscoderConfig
 from mlxterp.sae.cross_layer import CrossLayerTrainer, CrossLayerTranscoder
 from mlxterp.sae.crosscoder import Crosscoder, CrosscoderTrainer
@@ -17,6 +21,7 @@ from mlxterp.sae.transcoder import Transcoder, TranscoderTrainer
 __all__ = [
     "ActivationDataset",
     "Callback",
+    "Circuit",
     "CrossLayerConfig",
     "CrossLayerTrainer",
     "CrossLayerTranscoder",
@@ -38,6 +43,9 @@ __all__ = [
     "TranscoderConfig",
     "TranscoderTrainer",
     "WandbLogger",
+    "find_attribution_graph",
+    "find_behavior_circuit",
+    "find_feature_circuits",
     "load_sae",
     "splice",
 ]

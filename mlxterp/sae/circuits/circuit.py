@@ -13,10 +13,18 @@ from mlxterp.sae.circuits import storage
 from mlxterp.sae.circuits.drawing import draw
 from mlxterp.sae.circuits.layout import Layout, arrange
 from mlxterp.sae.circuits.nodes import Edge, FeatureLabels, Names, Node, labelled
-from mlxterp.sae.circuits.page import circuit_page, page_content, write_page
-from mlxterp.sae.circuits.summary import PART_OF, describe, edge_table, known, node_table
+from mlxterp.sae.circuits.page import circuit_page, page_content
+from mlxterp.sae.circuits.summary import (
+    PART_OF,
+    describe,
+    edge_table,
+    known,
+    node_table,
+    wrapped,
+)
 from mlxterp.sae.circuits.validation import Validation
 from mlxterp.sae.features.display import visible
+from mlxterp.sae.files import write_text
 from mlxterp.sae.similarity.directions import needed
 from mlxterp.sae.visualization import Table
 
@@ -170,7 +178,7 @@ class Circuit:
         part, layout = self._drawn(feature_labels, n)
         names, facts = part._names(), known(part.facts)
         page = circuit_page(part.nodes, part.edges, layout, names, part._what(), facts)
-        return write_page(path, page)
+        return write_text(path, page)
 
     def page_content(self, n: int = 500) -> dict[str, Any]:
         """What a page needs to draw the `n` strongest edges, as plain values: the nodes and edges
@@ -244,7 +252,7 @@ class Circuit:
         return describe(self.nodes, self.edges, self.levels, self.tokens)
 
     def _title(self) -> str:
-        facts = ", ".join(f"{name} {value}" for name, value in known(self.facts))
+        facts = wrapped(f"{name} {value}" for name, value in known(self.facts))
         return ",\n  ".join(text for text in (self._what(), facts) if text)
 
     def _drawn(self, feature_labels: FeatureLabels | None, n: int) -> tuple[Circuit, Layout]:

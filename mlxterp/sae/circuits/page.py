@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from mlxterp.sae.circuits.layout import Layout, Text
 from mlxterp.sae.circuits.nodes import Edge, Names, Node
-from mlxterp.sae.files import sync
 from mlxterp.sae.visualization import render
 
 PIXELS = 92  # to an inch of the layout
@@ -43,19 +40,6 @@ def page_content(
         "marks": [_text(mark) for mark in layout.marks],
         "rules": _pixels(layout.rules),
     }
-
-
-def write_page(path: str | Path, page: str) -> Path:
-    """Write a page to a file, replacing it whole."""
-    path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"path must be that of a file, got the directory {path}.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.new")
-    scratch.write_text(page, encoding="utf-8")
-    sync(scratch)
-    os.replace(scratch, path)
-    return path
 
 
 def _node(node: Node, place: tuple[float, float], names: Names) -> dict[str, Any]:

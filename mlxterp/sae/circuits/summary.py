@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mlxterp.sae.circuits.nodes import Edge, Names, Node, cut
@@ -75,6 +75,17 @@ def known(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 _COUNTS = ("n edges", "n nodes")
+
+
+def wrapped(parts: Iterable[str]) -> str:
+    """Parts of a title with commas between them, in lines of about `LONGEST` characters."""
+    lines: list[str] = []
+    for part in parts:
+        if lines and len(lines[-1]) + len(part) + 2 <= LONGEST:
+            lines[-1] += f", {part}"
+        else:
+            lines.append(part)
+    return ",\n  ".join(lines)
 
 
 def _value(name: str, value: str | bool | int | float) -> str:
