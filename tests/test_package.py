@@ -50,7 +50,8 @@ sae.run sae.loggers
 sae.trainer
 sae.bound
 sae.dashboard sae.dashboard.strings sae.dashboard.passages sae.dashboard.layout sae.dashboard.sides
-sae.dashboard.bundle sae.dashboard.build sae.dashboard.asked sae.dashboard.guard
+sae.dashboard.bundle sae.dashboard.reading sae.dashboard.facts sae.dashboard.build
+sae.dashboard.asked sae.dashboard.guard
 sae.dashboard.calling sae.dashboard.live sae.dashboard.pages sae.dashboard.server
 sae.dashboard.running sae.dashboard.dashboard
 sae.methods

@@ -26,6 +26,7 @@ def test_the_public_names_are_these():
         "EarlyStopping", "JSONLLogger", "ModelPair", "ProgressBar", "SAEConfig", "SAETrainer",
         "StopTraining", "TensorBoardLogger", "TrackioLogger", "TrainingError",
         "Transcoder", "TranscoderConfig", "TranscoderTrainer", "WandbLogger", "load_sae", "splice",
+        "Circuit", "find_attribution_graph", "find_behavior_circuit", "find_feature_circuits",
     }  # fmt: skip
     assert set(mlxterp.sae.__all__) == names
     assert all(hasattr(mlxterp.sae, name) for name in names)

@@ -9,7 +9,8 @@ import pytest
 from safetensors.numpy import load, load_file, save_file
 
 from mlxterp.sae.dashboard.build import build_bundle, compared
-from mlxterp.sae.dashboard.bundle import Bundle, open_bundle
+from mlxterp.sae.dashboard.bundle import Bundle
+from mlxterp.sae.dashboard.reading import open_bundle
 from mlxterp.sae.similarity.matching import match
 from tests.sae.circuits.examples import over_dataset
 from tests.sae.dashboard.bundles import collected

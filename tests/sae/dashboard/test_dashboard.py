@@ -12,8 +12,8 @@ import warnings
 import numpy as np
 import pytest
 
-from mlxterp.sae.dashboard.bundle import open_bundle
-from mlxterp.sae.dashboard.dashboard import Dashboard, serve_path
+from mlxterp.sae.dashboard.dashboard import Dashboard, open_dashboard
+from mlxterp.sae.dashboard.reading import open_bundle
 from mlxterp.sae.labels.labels import FeatureLabels
 from tests.sae.dashboard.bundles import TEXTS, collected
 
@@ -167,19 +167,19 @@ def test_addresses_that_cannot_be_are_refused(dashboard, options, message):
         Dashboard(dashboard.bundle).start(**options)
 
 
-def test_a_bundle_is_saved_and_served_from_its_path(dashboard, sae, model, tmp_path):
+def test_a_bundle_is_saved_and_opened_from_its_path(dashboard, sae, model, tmp_path):
     path = dashboard.save_bundle(tmp_path / "features.mlxdash")
-    with serve_path(path, port=0) as served:
+    with open_dashboard(path).start(port=0) as served:
         meta = json.loads(get(served.url + "api/meta"))
         assert not meta["live"]["text"] and meta["title"] == "SAE of layers.2.resid_post"
-    with serve_path(path, model, port=0, coder=sae, data=sae.features) as served:
+    with open_dashboard(path, model, sae, sae.features).start(port=0) as served:
         assert json.loads(get(served.url + "api/meta"))["live"]["maximum_known"]
     with pytest.raises(ValueError, match="coder"):
-        serve_path(path, model, port=0)
+        open_dashboard(path, model)
     with pytest.raises(ValueError, match="40"):
-        serve_path(path, model, port=0, coder=collected(model).coder)
+        open_dashboard(path, model, collected(model).coder)
     with pytest.raises(ValueError, match=r"dashboard\.json"):
-        serve_path(tmp_path, port=0)
+        open_dashboard(tmp_path)
 
 
 def test_a_saved_file_holds_the_features_asked_for(dashboard, tmp_path):
@@ -235,8 +235,8 @@ def test_a_script_that_ends_takes_the_server_with_it(dashboard, tmp_path):
     path = dashboard.save_bundle(tmp_path / "features.mlxdash")
     code = (
         "import urllib.request\n"
-        "from mlxterp.sae.dashboard.dashboard import serve_path\n"
-        f"served = serve_path({str(path)!r}, port=0)\n"
+        "from mlxterp.sae.dashboard.dashboard import open_dashboard\n"
+        f"served = open_dashboard({str(path)!r}).start(port=0)\n"
         "print(urllib.request.urlopen(served.url).status)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

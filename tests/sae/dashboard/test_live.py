@@ -5,13 +5,15 @@ import asyncio
 import numpy as np
 import pytest
 
+from mlxterp import InterpretableModel
 from mlxterp.sae.dashboard.asked import Refused, SteerRequest, TextRequest
 from mlxterp.sae.dashboard.live import AT_ONCE, Live
 from mlxterp.sae.features.analysis import analyze_text, encode_text
 from mlxterp.sae.features.display import visible
+from mlxterp.sae.model_pair import ModelPair
 from mlxterp.sae.steering.edits import steering_edit
 from tests.sae.dashboard.bundles import TEXTS, collected
-from tests.sae.features.coders import KINDS
+from tests.sae.features.coders import KINDS, make, of_sites
 
 PROMPT = "def add(a, b):"
 
@@ -97,6 +99,20 @@ def test_coders_of_every_kind_steer(kind, model):
     data = collected(model, kind)
     live, asked = Live(data.coder, model, data), SteerRequest(PROMPT, {0: 3.0}, max_tokens=3)
     assert asyncio.run(events_of(live, asked))[-1] == ("end", alone(data, asked))
+
+
+def test_a_model_and_a_coder_that_have_computed_nothing_yet_answer():
+    live = Live(make("sae"), InterpretableModel.demo())
+    asked = SteerRequest(PROMPT, {0: 3.0}, unit="activation", max_tokens=2)
+    assert asyncio.run(live.analyze(TextRequest(PROMPT, "attribution")))["top"]
+    assert asyncio.run(events_of(live, asked))[-1][0] == "end"
+
+
+def test_so_do_two_models():
+    pair = ModelPair([InterpretableModel.demo(), InterpretableModel.demo()])
+    sites = ("base:layers.2.mlp_out", "tuned:layers.2.mlp_out")
+    live = Live(of_sites(sites, sites), pair)
+    assert asyncio.run(live.analyze(TextRequest(PROMPT)))["top"]
 
 
 def test_people_who_steer_at_once_get_what_they_would_get_alone(live, data):

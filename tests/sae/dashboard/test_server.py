@@ -145,6 +145,14 @@ def test_large_bodies_are_refused_before_they_are_read_whole(app):
     assert status == 413 and read <= MOST_BYTES // 65_536 + 1
 
 
+def test_a_body_that_is_cut_short_is_no_failure(app, caplog):
+    async def receive():
+        return {"type": "http.disconnect"}
+
+    status, content = asyncio.run(ask(app, "POST", b"/api/text", receive=receive))
+    assert status == 400 and b"cut short" in content and not caplog.text
+
+
 def test_foreign_pages_get_nothing(client):
     for headers in ({"host": "evil.com"}, {"origin": "http://evil.com"}):
         for method, path in (("GET", "/api/meta"), ("POST", "/api/text"), ("GET", "/")):

@@ -165,7 +165,7 @@ def test_a_circuit_of_a_behavior_can_be_kept_and_shown(planted, tmp_path):
     assert loaded.bind(circuit.origin).validate(n=5).correlation == pytest.approx(1)
     page = circuit.save_html(tmp_path / "circuit.html").read_text()
     assert "logit word0" in page and "effect" in page
-    title = repr(circuit).splitlines()[1]
+    title = circuit.table().title
     for fact in ("target logit of 'word0'", "value 4.616", "faithfulness 100.0%", "gap 0.0%",
                  "explained 100.0%", "method integrated_gradients", "errors kept"):  # fmt: skip
         assert fact in title
