@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 comma := ,
 EXTRA := $(if $(filter Darwin,$(shell uname -s)),dev,dev$(comma)cpu)
 
-.PHONY: demo test lint docs openblas clean
+.PHONY: demo test lint docs openblas browser clean
 
 demo: $(READY) openblas
 	$(BIN)/python examples/quickstart.py
@@ -38,6 +38,14 @@ openblas:
 	  echo "installing OpenBLAS"; \
 	  (apt-get update -qq; DEBIAN_FRONTEND=noninteractive apt-get install -y -qq libopenblas0-pthread) >/dev/null 2>&1 \
 	  || echo "OpenBLAS could not be installed; going on without it"; fi
+
+# Without Chromium and its driver the tests of the dashboard's page are left out.
+browser:
+	@if [ "$$(uname -s)" = Linux ] && ! command -v chromedriver >/dev/null \
+	  && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "installing Chromium"; \
+	  (apt-get update -qq; DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium chromium-driver) >/dev/null 2>&1 \
+	  || echo "Chromium could not be installed; going on without it"; fi
 
 clean:
 	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache
