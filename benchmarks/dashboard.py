@@ -27,7 +27,7 @@ from collecting import python_texts, random_sae
 from mlxterp import InterpretableModel
 from mlxterp.sae import ActivationDataset
 from mlxterp.sae.dashboard.build import build_bundle
-from mlxterp.sae.dashboard.dashboard import Dashboard, serve_path
+from mlxterp.sae.dashboard.dashboard import Dashboard, open_dashboard
 from mlxterp.sae.features.collection import collect
 
 
@@ -95,7 +95,7 @@ def main() -> None:
         size = sum(file.stat().st_size for file in path.iterdir())
         print(f"on disk: {size:,} bytes, {size / arguments.features:,.0f} for each feature")
         started = time.perf_counter()
-        with serve_path(path, port=0) as dashboard:
+        with open_dashboard(path).start(port=0) as dashboard:
             answer(f"{dashboard.url}api/features/0")
             print(f"from the path to the first feature: {time.perf_counter() - started:.2f} s")
             answers(dashboard, arguments.features)

@@ -14,8 +14,7 @@ from mlxterp.sae.base import BaseSAE
 from mlxterp.sae.checkpoint import load_sae
 from mlxterp.sae.cross_layer import CrossLayerTrainer
 from mlxterp.sae.crosscoder import CrosscoderTrainer
-from mlxterp.sae.dashboard.bundle import open_bundle
-from mlxterp.sae.dashboard.dashboard import Dashboard
+from mlxterp.sae.dashboard.dashboard import open_dashboard
 from mlxterp.sae.dashboard.layout import MARKER as BUNDLE
 from mlxterp.sae.dataset import ActivationDataset
 from mlxterp.sae.sae import SAETrainer
@@ -119,8 +118,15 @@ def analyze(arguments: Namespace) -> None:
 
 def dashboard(arguments: Namespace) -> None:
     """Look at a coder, or at a dashboard's bundle, in a browser, or write one HTML file."""
-    if arguments.path is not None and (Path(arguments.path) / BUNDLE).is_file():
-        made = Dashboard(open_bundle(arguments.path))
+    if arguments.path is None:
+        raise ValueError("Give the directory of a coder or of a dashboard's bundle.")
+    if (Path(arguments.path) / BUNDLE).is_file():
+        given = [f"--{name}" for name in ("model", "data") if getattr(arguments, name) is not None]
+        if given:
+            raise ValueError(
+                f"{', '.join(given)} would go with a coder, and {arguments.path} is a bundle."
+            )
+        made = open_dashboard(arguments.path)
     else:
         coder, model = _coder(arguments)
         sites = list(coder.reads.union(coder.writes).names)

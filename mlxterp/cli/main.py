@@ -101,7 +101,7 @@ def _add_analyze(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_dashboard(parser: argparse.ArgumentParser) -> None:
-    _add_coder(parser)
+    _add_coder(parser, "the directory of a coder or of a dashboard's bundle")
     _add_data(parser)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8080)
@@ -120,8 +120,8 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context-length", type=int, help="tokens of a context (256)")
 
 
-def _add_coder(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", nargs="?", help="the directory of a coder")
+def _add_coder(parser: argparse.ArgumentParser, what: str = "the directory of a coder") -> None:
+    parser.add_argument("path", nargs="?", help=what)
     _add_model(parser)
 
 

@@ -144,6 +144,20 @@ def write_file(path: Path, content: Any) -> int:
     return file.checksum
 
 
+def write_text(path: str | Path, text: str) -> Path:
+    """Write a text to a file, replacing it whole, and return its path; raises `ValueError` where
+    there is a directory."""
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"path must be that of a file, got the directory {path}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.new")
+    scratch.write_text(text, encoding="utf-8")
+    sync(scratch)
+    os.replace(scratch, path)
+    return path
+
+
 def sync(path: Path) -> None:
     """Wait until a file, or the names in a directory, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

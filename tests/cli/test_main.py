@@ -188,3 +188,7 @@ def test_a_dashboard_is_written_or_served_until_it_is_interrupted(
         assert main(["dashboard", str(path), "--port", "0"]) == 0
     assert served == [200, 200]
     assert "at http://127.0.0.1:" in capsys.readouterr().out
+    assert main(["dashboard", str(bundle), "--model", "demo"]) == 1
+    assert "--model would go with a coder" in capsys.readouterr().err
+    assert main(["dashboard"]) == 1
+    assert "a coder or of a dashboard's bundle" in capsys.readouterr().err

@@ -12,7 +12,8 @@ from tqdm.auto import tqdm
 
 from mlxterp.sae.coder import SparseCoder
 from mlxterp.sae.dashboard.bundle import Bundle, Comparison
-from mlxterp.sae.dashboard.layout import FORMAT_VERSION, TABLE
+from mlxterp.sae.dashboard.facts import facts_of, norm_sites
+from mlxterp.sae.dashboard.layout import TABLE
 from mlxterp.sae.dashboard.passages import TOP, Amounts, passages
 from mlxterp.sae.dashboard.sides import Side, side_arrays, sides_of
 from mlxterp.sae.dashboard.strings import Strings, finite
@@ -24,12 +25,9 @@ from mlxterp.sae.metadata import Statistics
 from mlxterp.sae.similarity.map import CAPTION, Method, feature_map
 from mlxterp.sae.similarity.matching import Matching
 from mlxterp.sae.similarity.nearest import nearest_all
-from mlxterp.sae.source import ActivationSource
-from mlxterp.version import __version__
 
 LISTED = 10  # tokens, similar features and features that fire together
 PEAKS = 3  # tokens of a row of the table
-REPORTS = 400  # of a curve
 
 
 def build_bundle(
@@ -79,21 +77,10 @@ def build_bundle(
             arrays[TABLE]["map"] = found.points.astype(np.float32)
         bar.update()
     of_map = None if found is None else {**vars(found), "caption": CAPTION}
-    facts = {
-        "format_version": FORMAT_VERSION,
-        "library_version": __version__,
-        "title": title or _title(coder),
-        "coder": _coder(coder),
-        "model": _model(source),
-        "data": _data(data),
-        "numbers": _numbers(*measured),
-        **_curves(statistics or Statistics()),
-        "bin_edges": data.bin_edges.tolist(),
+    facts = facts_of(data, source, title, statistics or Statistics(), measured)
+    facts |= {
         "map": of_map and {name: of_map[name] for name in ("method", "explained", "caption")},
-        "norm_sites": _norm_sites(coder),
         "sides": [side.to_dict() for side in sides],
-        "code": {"load": _code(coder)},
-        "scale": data.codes.scale,
         "sizes": _sizes(arrays),
     }
     named = circuits if isinstance(circuits, Mapping) else dict(enumerate(circuits, 1))
@@ -166,7 +153,7 @@ def _table(
         "peaks": _peaks(arrays["examples.safetensors"], n),
         "promotes": np.ascontiguousarray(promotes),
     }
-    if _norm_sites(data.coder) is not None:
+    if norm_sites(data.coder) is not None:
         table["norms"] = np.array(data.coder.decoder_norms().astype(mx.float32))
     return table
 
@@ -196,73 +183,6 @@ def _sizes(arrays: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, int]:
         "n_tokens": len(held["tokens"]), "n_intervals": held["shares"].shape[1],
         "n_similar": LISTED, "n_together": LISTED, "n_logits": LISTED, "n_peaks": PEAKS,
     }  # fmt: skip
-
-
-def _title(coder: SparseCoder) -> str:
-    of = [
-        names[0] if len(names) == 1 else f"{len(names)} sites"
-        for names in (coder.reads.names, coder.writes.names)
-    ]
-    between = of[0] if coder.reads == coder.writes else " to ".join(of)
-    return f"{type(coder).__name__} of {between}"
-
-
-def _coder(coder: SparseCoder) -> dict[str, Any]:
-    return {
-        "kind": getattr(coder, "kind", "coder"),
-        "reads": coder.reads.to_list(),
-        "writes": coder.writes.to_list(),
-        "n_features": coder.n_features,
-        "activation_function": coder.activation_name,
-        "k": coder.k,
-        "skip": coder.has_skip,
-    }
-
-
-def _code(coder: SparseCoder) -> str:
-    """How to get at the coder in Python; without directories, which others have not."""
-    path = getattr(coder, "path", None)
-    return f"sae = load_sae({'sae.mlx' if path is None else path.name!r})"
-
-
-def _model(source: ActivationSource) -> dict[str, Any]:
-    found = {name: getattr(source, name, None) for name in ("n_layers", "d_model")}
-    return {"name": source.name, **found}
-
-
-def _data(data: FeatureData) -> dict[str, Any]:
-    return {
-        "n_tokens": data.n_tokens,
-        "n_kept_tokens": data.codes.n_tokens,
-        "n_contexts": data.n_contexts,
-        "n_documents": data.corpus.n_documents,
-        "context_length": data.corpus.context,
-    }
-
-
-def _numbers(fidelity: Fidelity | None, loss: LossRecovered | None) -> dict[str, Any]:
-    return {
-        "fidelity": None if fidelity is None else fidelity.to_dict(),
-        "loss": None if loss is None else loss.to_dict(),
-    }
-
-
-def _curves(statistics: Statistics) -> dict[str, Any]:
-    """The reports of a training, evenly thinned out where there are many."""
-    found = {"training": statistics.training, "validation": statistics.validation}
-    return {
-        name: [
-            dict(reports[i])
-            for i in np.unique(np.linspace(0, len(reports) - 1, min(REPORTS, len(reports))).round())
-            .astype(int)
-            .tolist()
-        ]
-        for name, reports in found.items()
-    }
-
-
-def _norm_sites(coder: SparseCoder) -> list[str] | None:
-    return [*coder.writes.names] if len(coder.writes.names) > 1 else None
 
 
 def _circuit(name: str, circuit: Any, coder: SparseCoder) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
+import mlx.core as mx
+
 Result = TypeVar("Result")
 Jobs = SimpleQueue[tuple[Future, Callable[[], Any]] | None]
 
@@ -45,6 +47,7 @@ def _work(jobs: Jobs) -> None:
             except BaseException as error:  # which is for whoever waits for the result
                 future.set_exception(error)
         del job, future, function  # else they would live until the next one comes
+    mx.clear_streams()  # else MLX would end their threads after this one, and perhaps too late
 
 
 def _end(jobs: Jobs, thread: threading.Thread) -> None:

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import html
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
-
 from mlxterp.sae.coder import SparseCoder
 from mlxterp.sae.dashboard.build import build_bundle, compared
-from mlxterp.sae.dashboard.bundle import Bundle, open_bundle
+from mlxterp.sae.dashboard.bundle import Bundle
 from mlxterp.sae.dashboard.live import Live
-from mlxterp.sae.dashboard.pages import single_file
+from mlxterp.sae.dashboard.pages import fitting_file, single_file
 from mlxterp.sae.dashboard.passages import Amounts
+from mlxterp.sae.dashboard.reading import open_bundle
 from mlxterp.sae.dashboard.running import Running
 from mlxterp.sae.dashboard.server import application
 from mlxterp.sae.dataset import ActivationDataset
 from mlxterp.sae.evals import fidelity, loss_recovered
 from mlxterp.sae.features.collection import collect
 from mlxterp.sae.features.data import FeatureData
-from mlxterp.sae.files import sync
+from mlxterp.sae.files import write_text
 from mlxterp.sae.labels.labels import FeatureLabels
 from mlxterp.sae.metadata import Statistics
 from mlxterp.sae.similarity.map import Method
@@ -33,7 +31,6 @@ from mlxterp.sae.source import ActivationSource
 HOST, PORT = "127.0.0.1", 8080
 MOST_BYTES = 20_000_000  # of a saved file
 MOST_EVALUATED = 20_000  # tokens
-TRIED, SHRINK = 128, 0.95  # features whose size is looked at; what is kept where too many were
 
 
 class Dashboard:
@@ -41,7 +38,7 @@ class Dashboard:
 
     It is served at `url` from a thread of its own, at 127.0.0.1 unless told otherwise, until `stop`
     or the end of a `with` block. `save` writes one file that needs no server, and `save_bundle`
-    what `open_bundle` and `mlxterp dashboard PATH` read.
+    what `open_dashboard` and `mlxterp dashboard PATH` read.
     """
 
     def __init__(self, bundle: Bundle, live: Live | None = None):
@@ -109,7 +106,7 @@ class Dashboard:
         Raises `ValueError` where those that were asked for do not fit.
         """
         if features is None:
-            return _write(Path(path), self._fitting(max_bytes))
+            return write_text(path, fitting_file(self.bundle, max_bytes))
         chosen = self._checked(features)
         page = single_file(self.bundle, chosen)
         if len(page) > max_bytes:
@@ -117,22 +114,7 @@ class Dashboard:
                 f"A file of {len(chosen)} features has {len(page):,} bytes, and max_bytes is "
                 f"{max_bytes:,}."
             )
-        return _write(Path(path), page)
-
-    def _fitting(self, max_bytes: int) -> str:
-        """A page of as many features as have room."""
-        n, ranked = self.bundle.n_features, self._ranked()
-        some = sorted(ranked[:: -(-n // TRIED)])
-        bare = len(single_file(self.bundle, []))
-        if bare > max_bytes:
-            raise ValueError(f"max_bytes must be >= {bare:,}, the page and its table.")
-        each = (len(single_file(self.bundle, some)) - bare) / len(some)
-        fit = min(n, int((max_bytes - bare) / each))
-        while True:
-            page = single_file(self.bundle, None if fit == n else sorted(ranked[:fit]))
-            if len(page) <= max_bytes:
-                return page
-            fit = int(SHRINK * fit)
+        return write_text(path, page)
 
     def _checked(self, features: Iterable[int]) -> list[int]:
         n = self.bundle.n_features
@@ -140,12 +122,6 @@ class Dashboard:
         if not found or not 0 <= found[0] <= found[-1] < n:
             raise ValueError(f"features must be one or more in [0, {n - 1}], got {found[:10]}.")
         return found
-
-    def _ranked(self) -> list[int]:
-        """All features, those with a label first, and of each part those that fire most."""
-        labelled = np.isin(np.arange(self.bundle.n_features), [*self.bundle.labels])
-        counts = self.bundle.table["firing_counts"].astype(np.int64)
-        return np.lexsort((-counts, ~labelled)).tolist()
 
     def save_bundle(self, path: str | Path) -> Path:
         """Write the data as a directory, by custom named `*.mlxdash`, and return its path."""
@@ -226,17 +202,15 @@ def _other_bundle(
     return build_bundle(found, getattr(other, "labels", None), title=name, amounts=amounts)
 
 
-def serve_path(
+def open_dashboard(
     path: str | Path,
     model: ActivationSource | None = None,
-    host: str = HOST,
-    port: int = PORT,
-    *,
     coder: SparseCoder | None = None,
     data: FeatureData | None = None,
 ) -> Dashboard:
-    """Serve a bundle from disk; with a `model` and the `coder` that it is of, texts and steering
-    too, in units of the largest values where `data` of the coder are given.
+    """The dashboard of a bundle on a disk, not served yet. With a `model` and the `coder` that it
+    is of, texts and steering too, in units of the largest values where `data` of the coder are
+    given.
 
     Labels that are changed are written to the bundle. Raises `ValueError` where there is no bundle,
     for a model without a coder, and for a coder with another number of features.
@@ -245,21 +219,9 @@ def serve_path(
     if model is None or coder is None:
         if model is not coder:
             raise ValueError("A model needs the coder of the bundle, and the coder the model.")
-        return Dashboard(bundle).start(host, port)
+        return Dashboard(bundle)
     if coder.n_features != bundle.n_features:
         raise ValueError(
             f"{path} is of {bundle.n_features} features, and the coder has {coder.n_features}."
         )
-    return Dashboard(bundle, Live(coder, model, data)).start(host, port)
-
-
-def _write(path: Path, page: str) -> Path:
-    """Write a page to a file, replacing it whole."""
-    if path.is_dir():
-        raise ValueError(f"path must be that of a file, got the directory {path}.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.new")
-    scratch.write_text(page, encoding="utf-8")
-    sync(scratch)
-    os.replace(scratch, path)
-    return path
+    return Dashboard(bundle, Live(coder, model, data))

@@ -13,6 +13,7 @@ from mlxterp.sae.files import read_json
 
 FORMAT_VERSION = 1
 MARKER = "dashboard.json"
+STRINGS_FILE = "strings.json"
 TABLE = "table.safetensors"
 SIZES = (
     "n_examples", "n_values", "n_tokens", "n_intervals", "n_similar", "n_together", "n_logits",

@@ -16,6 +16,7 @@ from mlxterp.sae.dashboard.strings import shorts
 from mlxterp.sae.features.analysis import analyze_text, encode_text
 from mlxterp.sae.features.data import FeatureData
 from mlxterp.sae.features.display import visible
+from mlxterp.sae.model_pair import owner
 from mlxterp.sae.source import ActivationSource
 from mlxterp.sae.steering.edits import Unit, steering_edit
 
@@ -41,6 +42,7 @@ class Live:
             raise ValueError(
                 f"data is of {data.n_features} features, and the coder has {coder.n_features}."
             )
+        _settle(coder, source)
         self.coder, self.source, self.data = coder, source, data
         self._caller = Caller("mlxterp-dashboard-model")
         self._generations = 0
@@ -159,6 +161,17 @@ class Live:
             "plain": self.source.generate(ids, stream=True, **options),
             "steered": self.source.generate(ids, stream=True, edit=edits, **options),
         }
+
+
+def _settle(coder: SparseCoder, source: ActivationSource) -> None:
+    """Compute all arrays of a coder and of the models whose sites it reads and writes.
+
+    What MLX has put off, such as the cast of a model just loaded, can be computed in the thread
+    that asked for it alone. A pass reaches arrays that are no parameters too.
+    """
+    names = [*coder.reads.names, *coder.writes.names]
+    models = {id(model): model for model in (owner(source, name)[0] for name in names)}
+    mx.eval(coder.parameters(), [model.run([[0]]).output for model in models.values()])
 
 
 def _top(feature: Any) -> dict[str, Any]:

@@ -11,7 +11,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from mlxterp.sae.dashboard.bundle import Bundle
+import numpy as np
+
+from mlxterp.sae.dashboard.bundle import Bundle, Comparison
 
 TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -24,6 +26,7 @@ TYPES = {
 }
 INDEX, PLACE = "index.html", "<!-- bundle -->"
 CHUNK = 64  # features of a part
+TRIED, SHRINK = 128, 0.95  # features whose size is looked at; what is kept where too many were
 POLICY = (
     "default-src 'none'; script-src 'unsafe-inline' data:; style-src 'unsafe-inline'; "
     "img-src data:; font-src data:; base-uri 'none'; form-action 'none'"
@@ -66,6 +69,30 @@ def single_file(
     head = f"{policy}\n{_import_map(modules)}"
     page = HEAD.sub(lambda found: f"{found[0]}\n{head}", page, count=1)
     return page.replace(PLACE, "\n".join(_elements(bundle, features)))
+
+
+def fitting_file(bundle: Bundle, max_bytes: int) -> str:
+    """`single_file` of all features or, where it would have more than `max_bytes`, of those with a
+    label and then those that fire most; raises `ValueError` where not even the table has room."""
+    n, ranked = bundle.n_features, _ranked(bundle)
+    some = sorted(ranked[:: -(-n // TRIED)])
+    bare = len(single_file(bundle, []))
+    if bare > max_bytes:
+        raise ValueError(f"max_bytes must be >= {bare:,}, the page and its table.")
+    each = (len(single_file(bundle, some)) - bare) / len(some)
+    fit = min(n, int((max_bytes - bare) / each))
+    while True:
+        page = single_file(bundle, None if fit == n else sorted(ranked[:fit]))
+        if len(page) <= max_bytes:
+            return page
+        fit = int(SHRINK * fit)
+
+
+def _ranked(bundle: Bundle) -> list[int]:
+    """All features, those with a label first, and of each part those that fire most."""
+    labelled = np.isin(np.arange(bundle.n_features), [*bundle.labels])
+    counts = bundle.table["firing_counts"].astype(np.int64)
+    return np.lexsort((-counts, ~labelled)).tolist()
 
 
 def _named(files: dict[str, Path], name: str) -> Path:
@@ -146,7 +173,7 @@ def parts_of(
         yield from parts_of(comparison.bundle, partners(comparison, features), f"others/{i}/")
 
 
-def partners(comparison: Any, features: Sequence[int] | None) -> list[int] | None:
+def partners(comparison: Comparison, features: Sequence[int] | None) -> list[int] | None:
     """The features of the other coder that are matched with some of the first."""
     if features is None:
         return None

@@ -198,12 +198,16 @@ async def _body(request: Request) -> bytes:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise Refused(415, "The body must be of type application/json.")
+    requests = needed("starlette.requests", "starlette", "serve")
     parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > MOST_BYTES:
-            raise Refused(413, f"The body must have up to {MOST_BYTES} bytes.")
-        parts.append(part)
+    try:
+        async for part in request.stream():
+            size += len(part)
+            if size > MOST_BYTES:
+                raise Refused(413, f"The body must have up to {MOST_BYTES} bytes.")
+            parts.append(part)
+    except requests.ClientDisconnect:
+        raise Refused(400, "The body is cut short.") from None
     return b"".join(parts)
 
 
