@@ -126,6 +126,7 @@ def plot_losses(found: Mapping[str, Any], ax: Axes | None = None) -> Figure:
         ax.scatter(values, places, s=36, color=colour, marker=marker, label=name, zorder=2)
     ax.set_yticks(places, names(found), **plain())
     ax.set_ylim(len(found) - 0.5, -0.5)
+    ax.tick_params(axis="y", length=0)
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(LOSSES))
     return dress(ax, "loss (nats per token)")
 
