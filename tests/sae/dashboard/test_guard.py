@@ -101,4 +101,10 @@ def test_every_answer_forbids_what_is_not_its_own():
 
 
 def test_sockets_of_other_protocols_are_left_alone():
-    asyncio.run(Guard(inner, "127.0.0.1")({"type": "websocket"}, None, None))
+    reached: list[str] = []
+
+    async def noted(scope, receive, send):
+        reached.append(scope["type"])
+
+    asyncio.run(Guard(noted, "127.0.0.1")({"type": "websocket"}, None, None))
+    assert not reached
