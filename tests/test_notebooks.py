@@ -22,9 +22,18 @@ SECONDS = 300  # for a cell, on a busy machine
 SILENT = re.compile(r"[\w.,()\[\]{}: ]+ [-+*/]?= |(import|from|for|with|def|del|assert) ")
 PATHS = re.compile(r"/(home|root|tmp|usr|Users|work|private|opt|var)/|[A-Z]:\\|site-packages")
 WARNINGS = re.compile(r"Warning\b|\[WARNING|Traceback")
+SLOW = ("02_features_and_steering", "03_transcoders_and_crosscoders", "04_circuits")
 BAR = re.compile(r"\d+%\|")  # of tqdm
 
 of_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
+
+run = pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in SLOW))
+        for path in NOTEBOOKS
+    ],
+)
 
 
 def read(path: Path) -> nbformat.NotebookNode:
@@ -72,7 +81,7 @@ def test_there_are_the_four_notebooks():
     assert [path.stem for path in NOTEBOOKS] == NAMES
 
 
-@of_notebook
+@run
 def test_a_notebook_runs_and_shows_nothing_that_is_not_asked_for(path, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "settings"))

@@ -89,7 +89,7 @@ def test_named_targets_are_the_only_ones(model, saes, texts):
 
 def test_effects_pass_by_coders_of_a_part_of_the_stream(model, texts):
     saes = {layer: trained(model, texts[:6], layer, "mlp") for layer in (1, 2, 3)}
-    found = find_feature_circuits(model, saes, dataset=texts[:6], top_k=200, **QUICK)
+    found = find_feature_circuits(model, saes, dataset=texts[:3], top_k=100, **QUICK)
     steps = {
         found.levels.index(found.nodes[edge.target].site)
         - found.levels.index(found.nodes[edge.source].site)
