@@ -147,7 +147,7 @@ def test_what_was_harvested_can_be_trained_on(corpus, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*features are dead")
+@pytest.mark.filterwarnings("ignore::UserWarning")  # the run is a short one
 def test_the_demonstration_runs(capsys):
     assert main(["demo", "--tokens", "20000"]) == 0
     shown = capsys.readouterr().out
