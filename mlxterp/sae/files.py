@@ -147,14 +147,24 @@ def write_file(path: Path, content: Any) -> int:
 def write_text(path: str | Path, text: str) -> Path:
     """Write a text to a file, replacing it whole, and return its path; raises `ValueError` where
     there is a directory."""
+    return _replaced(path, text.encode())
+
+
+def write_json(path: str | Path, value: Any) -> Path:
+    """Write a JSON value to a file, as `write_text` does."""
+    return _replaced(path, _to_json(value))
+
+
+def _replaced(path: str | Path, content: bytes) -> Path:
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"path must be that of a file, got the directory {path}.")
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.new")
-    scratch.write_text(text, encoding="utf-8")
+    scratch.write_bytes(content)
     sync(scratch)
     os.replace(scratch, path)
+    sync(path.parent)
     return path
 
 

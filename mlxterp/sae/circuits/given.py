@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations, product
-from typing import Literal
+from operator import index
+from typing import Any, Literal, cast
+
+import numpy as np
 
 from mlxterp.sae.base import BaseSAE
 from mlxterp.sae.coder import Block, SparseCoder
 from mlxterp.sae.forward_order import precedes
-from mlxterp.sae.source import ActivationSource
+from mlxterp.sae.source import ActivationSource, FreezableSource
 from mlxterp.sites import Site
 
 Method = Literal["integrated_gradients", "gradient", "ablation"]
@@ -37,6 +40,44 @@ def fitting(
                 "writes."
             )
     return source
+
+
+def freezable(source: ActivationSource) -> FreezableSource:
+    """The model as one whose attention can be read; raises `ValueError` where it cannot."""
+    if not (hasattr(source, "frozen") and hasattr(source, "attention")):
+        raise ValueError(
+            f"The attention of {source.name} cannot be read and held: an InterpretableModel can."
+        )
+    return cast(FreezableSource, source)
+
+
+def token_ids(source: ActivationSource, prompt: str | Sequence[int]) -> list[int]:
+    """The tokens of a text, or of ids; raises `ValueError` where there are none."""
+    ids = any_ids(source, prompt)
+    if not ids:
+        raise ValueError(f"prompt must be a text, or ids, of at least one token, got {prompt!r}.")
+    return ids
+
+
+def any_ids(source: ActivationSource, prompt: str | Sequence[int]) -> list[int]:
+    """The tokens of a text, or of ids, of which there may be none."""
+    ids = source.encode_batch([prompt])[0] if isinstance(prompt, str) and prompt else prompt
+    return [] if isinstance(ids, str) else np.asarray(ids).reshape(-1).tolist()
+
+
+def whole(name: str, value: Any) -> int:
+    """A whole number; raises `ValueError` for anything else."""
+    try:
+        return index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be a whole number, got {value!r}.") from None
+
+
+def place(name: str, value: Any, count: int) -> int:
+    """A number from the start, or from the end where it is below 0; raises `ValueError`."""
+    if not -count <= whole(name, value) < count:
+        raise ValueError(f"{name} must be in [{-count}, {count - 1}], got {value}.")
+    return index(value) % count
 
 
 def check_one_pass(source: ActivationSource, coders: Mapping[int, SparseCoder]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -11,7 +10,7 @@ from typing import Any, get_args
 import numpy as np
 
 from mlxterp.sae.circuits.nodes import Edge, Node, NodeKind
-from mlxterp.sae.files import read_json, sync, write_file
+from mlxterp.sae.files import read_json, write_json
 from mlxterp.version import __version__
 
 FORMAT, FORMAT_VERSION = "circuit", 1
@@ -19,17 +18,8 @@ FORMAT, FORMAT_VERSION = "circuit", 1
 
 def write_circuit(path: str | Path, values: Mapping[str, Any]) -> Path:
     """Write the values of a circuit to a JSON file that appears complete or not at all."""
-    path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"path must be that of a file, got the directory {path}.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.new")
-    scratch.unlink(missing_ok=True)
     versions = {"format_version": FORMAT_VERSION, "library_version": __version__}
-    write_file(scratch, {"format": FORMAT, **versions, **values})
-    os.replace(scratch, path)
-    sync(path.parent)
-    return path
+    return write_json(path, {"format": FORMAT, **versions, **values})
 
 
 def read_circuit(path: str | Path) -> dict[str, Any]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxterp.sae.features.display import visible
-from mlxterp.sae.files import read_json, sync, write_file
+from mlxterp.sae.files import read_json, write_json
 from mlxterp.sae.labels.scores import Mean, Score
 from mlxterp.sae.visualization import COLOURS, Table, dress, new_axis
 
@@ -182,13 +181,7 @@ class FeatureLabels(Mapping[int, Label]):
 
     def save(self, path: str | Path) -> Path:
         """Write everything to a file, replacing it whole, and return its path."""
-        path = Path(path)
-        scratch = path.with_name(f".{path.name}.new")
-        scratch.unlink(missing_ok=True)
-        write_file(scratch, self.to_dict())
-        os.replace(scratch, path)
-        sync(path.parent)
-        return path
+        return write_json(path, self.to_dict())
 
     def write(self) -> None:
         """Write the file, if there is to be one."""

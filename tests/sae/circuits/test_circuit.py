@@ -2,12 +2,12 @@ import json
 import math
 import sys
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from mlxterp.sae.circuits import storage
 from mlxterp.sae.circuits.circuit import Circuit, Edge, Node
 from mlxterp.sae.circuits.nodes import Names, cells, cut
 from mlxterp.sae.circuits.validation import Validation
@@ -280,14 +280,14 @@ def test_saving_replaces_a_file_whole(tmp_path):
 
 def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     path = small().save(tmp_path / "c.json")
-    monkeypatch.setattr(storage, "write_file", cut_short)
+    monkeypatch.setattr(Path, "write_bytes", cut_short)
     with pytest.raises(OSError, match="disk full"):
         over_prompt().save(path)
     assert Circuit.load(path).facts["method"] == "gradient"
 
 
 def cut_short(path, content):
-    path.write_text(json.dumps(content)[:40])
+    path.write_text(content[:40].decode())
     raise OSError("disk full")
 
 

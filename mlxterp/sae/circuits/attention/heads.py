@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from mlxterp.sae.circuits.attention.qk_attribution import freezable, place, token_ids
+from mlxterp.sae.circuits.given import freezable, place, token_ids
 from mlxterp.sae.circuits.nodes import Names, cut
 from mlxterp.sae.features.display import pieces
 from mlxterp.sae.source import ActivationSource

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from operator import index
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -15,7 +14,7 @@ from mlxterp.sae.base import BaseSAE
 from mlxterp.sae.circuits.attention.score_changes import ScoreChanges
 from mlxterp.sae.circuits.attention.score_pairs import Against, QKAttribution
 from mlxterp.sae.circuits.attention.score_sources import AttentionScore, visible_keys
-from mlxterp.sae.circuits.given import fitting, read_by
+from mlxterp.sae.circuits.given import fitting, freezable, place, read_by, token_ids, whole
 from mlxterp.sae.circuits.graph.replacement import Replacement
 from mlxterp.sae.circuits.nodes import FeatureLabels
 from mlxterp.sae.forward_order import precedes
@@ -102,39 +101,6 @@ def _score(
     before = _before(source, coders, layer)
     replacement = Replacement(source, [*before.values()], ids)
     return AttentionScore(replacement, layer, head, query, key, against, mx.array(weights))
-
-
-def freezable(source: ActivationSource) -> FreezableSource:
-    """The model as one whose attention can be read; raises `ValueError` where it cannot."""
-    if not (hasattr(source, "frozen") and hasattr(source, "attention")):
-        raise ValueError(
-            f"The attention of {source.name} cannot be read and held: an InterpretableModel can."
-        )
-    return cast(FreezableSource, source)
-
-
-def token_ids(source: ActivationSource, prompt: str | Sequence[int]) -> list[int]:
-    """The tokens of a text, or of ids; raises `ValueError` where there are none."""
-    ids = source.encode_batch([prompt])[0] if isinstance(prompt, str) and prompt else prompt
-    ids = [] if isinstance(ids, str) else np.asarray(ids).reshape(-1).tolist()
-    if not ids:
-        raise ValueError(f"prompt must be a text, or ids, of at least one token, got {prompt!r}.")
-    return ids
-
-
-def whole(name: str, value: Any) -> int:
-    """A whole number; raises `ValueError` for anything else."""
-    try:
-        return index(value)
-    except TypeError:
-        raise ValueError(f"{name} must be a whole number, got {value!r}.") from None
-
-
-def place(name: str, value: Any, count: int) -> int:
-    """A number from the start, or from the end where it is below 0; raises `ValueError`."""
-    if not -count <= whole(name, value) < count:
-        raise ValueError(f"{name} must be in [{-count}, {count - 1}], got {value}.")
-    return index(value) % count
 
 
 def _seen(name: str, value: Any, count: int, query: int, seen: np.ndarray) -> int:

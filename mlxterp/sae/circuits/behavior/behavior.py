@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
-import numpy as np
 from tqdm.auto import tqdm
 
 from mlxterp.sae.base import BaseSAE
@@ -16,6 +15,7 @@ from mlxterp.sae.circuits.behavior.targets import Metric, Token, find_target
 from mlxterp.sae.circuits.circuit import Circuit
 from mlxterp.sae.circuits.given import (
     Method,
+    any_ids,
     check_choice,
     check_counts,
     check_one_pass,
@@ -129,16 +129,13 @@ def _before(coders: Mapping[int, BaseSAE], layer: int) -> dict[int, BaseSAE]:
 
 def _ids(source: ActivationSource, name: str, text: Any) -> list[int]:
     """The tokens of a text, or of ids."""
-    if isinstance(text, str):
-        ids = source.encode_batch([text])[0] if text else []
-    else:
-        ids = np.asarray(text).reshape(-1).tolist()
+    ids = any_ids(source, text)
     if special(source, ids).all():
         raise ValueError(
             f"{name} must be a text, or ids, of at least one token that is not special, "
             f"got {text!r}."
         )
-    return list(ids)
+    return ids
 
 
 def _texts(source: ActivationSource, texts: Iterable[str]) -> list[list[int]]:

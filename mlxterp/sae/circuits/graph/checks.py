@@ -10,9 +10,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlxterp.sae.base import BaseSAE
-from mlxterp.sae.circuits.attention.qk_attribution import freezable
 from mlxterp.sae.circuits.behavior.targets import Edits
-from mlxterp.sae.circuits.given import check_choice, check_counts, read_by
+from mlxterp.sae.circuits.given import check_choice, check_counts, freezable, read_by
 from mlxterp.sae.circuits.graph.held import EMBEDDING
 from mlxterp.sae.circuits.graph.influence import Extent
 from mlxterp.sae.circuits.graph.readouts import streams

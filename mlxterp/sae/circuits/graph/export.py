@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import warnings
 from collections import Counter
@@ -18,7 +17,7 @@ from mlxterp.sae.circuits.graph.feature_export import feature_files
 from mlxterp.sae.circuits.graph.influence import cumulative
 from mlxterp.sae.circuits.storage import plain
 from mlxterp.sae.features.display import visible
-from mlxterp.sae.files import read_json, sync, write_file
+from mlxterp.sae.files import read_json, write_json
 from mlxterp.sites import Site
 from mlxterp.version import __version__
 
@@ -68,10 +67,10 @@ def save_attribution_graph(
     known: Iterable[BaseSAE] = origin.coders if origin else ()
     place = directory / FEATURES / scan
     for node, content in feature_files(circuit, known if coders is None else coders):
-        _replace(place / f"{feature_id(_layer(node.site), node.index)}.json", content)
+        write_json(place / f"{feature_id(_layer(node.site), node.index)}.json", content)
     others = [one for one in index["graphs"] if one.get("slug") != slug]
-    path = _replace(directory / GRAPHS / f"{slug}.json", graph)
-    _replace(directory / INDEX, index | {"graphs": [*others, graph["metadata"]]})
+    path = write_json(directory / GRAPHS / f"{slug}.json", graph)
+    write_json(directory / INDEX, index | {"graphs": [*others, graph["metadata"]]})
     return path
 
 
@@ -208,14 +207,3 @@ def _read_index(path: Path) -> dict[str, Any]:
     if not isinstance(graphs, list) or not all(isinstance(known, Mapping) for known in graphs):
         raise ValueError(f"{path} does not hold a list of graphs.")
     return index
-
-
-def _replace(path: Path, content: Any) -> Path:
-    """Write a JSON file that appears complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.new")
-    scratch.unlink(missing_ok=True)
-    write_file(scratch, content)
-    os.replace(scratch, path)
-    sync(path.parent)
-    return path

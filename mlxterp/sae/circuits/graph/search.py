@@ -11,11 +11,10 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from mlxterp.sae.base import BaseSAE
-from mlxterp.sae.circuits.attention.qk_attribution import token_ids
 from mlxterp.sae.circuits.behavior.targets import Token
 from mlxterp.sae.circuits.circuit import Circuit, Node
 from mlxterp.sae.circuits.cost import GraphCost
-from mlxterp.sae.circuits.given import check_counts
+from mlxterp.sae.circuits.given import check_counts, token_ids
 from mlxterp.sae.circuits.graph.attribution_graph import AttributionGraph
 from mlxterp.sae.circuits.graph.checks import (
     ErrorNodes,
