@@ -224,7 +224,8 @@ def test_labels_are_set_and_removed(client, bundle):
 
 
 def test_a_label_that_cannot_be_written_is_told(client, bundle, tmp_path, monkeypatch):
-    monkeypatch.setattr(bundle.labels, "path", tmp_path / "no" / "such" / "labels.json")
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setattr(bundle.labels, "path", tmp_path / "file" / "labels.json")
     found = client.put("/api/labels/9", json={"text": "a"})
     assert found.status_code == 503 and "label" in found.json()["error"]
 
