@@ -11,6 +11,7 @@ import numpy as np
 
 from mlxterp.architecture import Architecture
 from mlxterp.hooks import Hooks
+from mlxterp.notebook import fragment
 from mlxterp.sites import Site
 from mlxterp.tracing import Captured, Pass, Plan, cache_offset
 
@@ -27,6 +28,20 @@ class Generation:
 
     def __str__(self) -> str:
         return self.text
+
+    def __repr__(self) -> str:
+        return (
+            f"Generation({self.text!r}, {len(self.tokens)} tokens after {len(self.prompt_tokens)})"
+        )
+
+    def _repr_html_(self) -> str:
+        facts = [
+            ("text", self.text),
+            ("prompt", f"{len(self.prompt_tokens):,} tokens"),
+            ("generated", f"{len(self.tokens):,} tokens"),
+            *((str(site), str(list(array.shape))) for site, array in self.captured.items()),
+        ]
+        return fragment("facts.html", title="Generation", facts=facts)
 
 
 class GenerationStream(Iterator[Any]):

@@ -6,6 +6,7 @@ import pytest
 
 from mlxterp.hooks import Hooks
 from mlxterp.model import InterpretableModel
+from tests.pages import checked
 from tests.tiny_models import build
 
 PROMPT = "The old man went down to the sea and"
@@ -37,6 +38,14 @@ def test_a_plain_generation_is_the_greedy_one(demo):
     assert done.prompt_tokens == ids
     assert ids + done.tokens == greedy(demo, ids, N)
     assert done.text == str(done) == demo.decode(done.tokens).lstrip()
+
+
+def test_a_generation_shows_its_text_and_what_it_captured(demo):
+    done = demo.generate(PROMPT, max_tokens=3, capture="layers.2")
+    n = len(done.prompt_tokens)
+    assert repr(done) == f"Generation({done.text!r}, 3 tokens after {n})"
+    page = checked(done._repr_html_())
+    assert done.text in page.text and f"[1, {n + 3}, 128]" in page.text
 
 
 @pytest.mark.parametrize("prefill", [2048, 3])
