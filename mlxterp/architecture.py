@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
 from operator import index
@@ -14,7 +13,8 @@ import mlx.nn as nn
 
 from mlxterp.dataflow import Call, Flow, Trait, find_blocks, outside_blocks, survey
 from mlxterp.hooks import Key
-from mlxterp.probing import BATCH, LENGTH, Block, Branch
+from mlxterp.places import RECEIVED, Place, place_in, why_missing
+from mlxterp.probing import BATCH, LENGTH, Branch
 from mlxterp.sites import (
     COMPONENTS,
     OUTPUT,
@@ -26,20 +26,6 @@ from mlxterp.sites import (
     split_layer,
     without_output,
 )
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a site is read and written: what `module` receives as `argument`, or returns.
-
-    The value of the site is `scale` times that array, plus what `stream` (a block) received.
-    """
-
-    module: nn.Module
-    is_input: bool = False
-    argument: Key | None = None
-    scale: float = 1.0
-    stream: nn.Module | None = None
 
 
 class Architecture:
@@ -139,24 +125,14 @@ class Architecture:
     def _place(self, site: Site) -> Place:
         if site.layer is None:
             return Place(self.modules["" if site.component == OUTPUT else site.component])
+        if site.component not in COMPONENTS:
+            return Place(self.modules[f"{self.block_paths[site.layer]}.{site.component}"])
         block = self.blocks[site.layer]
-        match site.component:
-            case "resid_post":
-                return Place(block)
-            case "resid_pre":
-                return Place(block, is_input=True, argument=self._stream(site.layer))
-            case "attn" | "mlp" as name:
-                return Place(self._branch(site, name).module)
-            case "attn_in" | "mlp_in" as name:
-                return Place(self._branch(site, name[:-3]).module, is_input=True)
-            case "attn_out" | "mlp_out" as name:
-                branch = self._branch(site, name[:-4])
-                return Place(branch.addend, scale=branch.scale)
-            case "resid_mid":
-                branch = self._branch(site, "attn")
-                return Place(branch.addend, argument=self._stream(site.layer), scale=branch.scale,
-                             stream=block)  # fmt: skip
-        return Place(self.modules[f"{self.block_paths[site.layer]}.{site.component}"])
+        if site.component == "resid_post":
+            return Place(block)
+        if reason := self._missing(site):
+            raise ValueError(f"{site} does not exist in this model: {reason}")
+        return place_in(site.component, block, self.survey().blocks[site.layer])
 
     @cached_property
     def all_sites(self) -> dict[Site, str | None]:
@@ -260,35 +236,19 @@ class Architecture:
         table.update(sorted(entries.items(), key=lambda item: order.get(item[0].component, -1)))
 
     def _correct_inputs(self, entries: dict[Site, SiteInfo], layer: int) -> None:
-        """Give `attn_in` and `mlp_in` the shape of what the modules received."""
-        for name in ("attn", "mlp"):
-            branch: Branch | None = getattr(self.survey().blocks[layer], name)
-            call = next(
-                (c for c in self.survey().calls if branch and c.module is branch.module), None
-            )
-            if call is not None and call.stream is not None:
-                self._enter(entries, Site(layer, f"{name}_in"), call.stream)
+        """Give what modules of the block receive its shape."""
+        for site in [s for s in entries if s.component in RECEIVED]:
+            module = self.place(site).module
+            call = next(c for c in self.survey().calls if c.module is module)
+            if call.stream is not None:
+                self._enter(entries, site, call.stream)
 
     def _stream(self, layer: int) -> Key | None:
         return self.survey().blocks[layer].stream
 
-    def _branch(self, site: Site, name: str) -> Branch:
-        if reason := self._missing(site):
-            raise ValueError(f"{site} does not exist in this model: {reason}")
-        return getattr(self.survey().blocks[site.layer or 0], name)
-
     def _missing(self, site: Site) -> str:
         """Why layer `site.layer` has no such component; empty where it has."""
-        block: Block = self.survey().blocks[site.layer or 0]
-        name = site.component
-        if name.startswith("resid") and not block.called:
-            return "the model never calls its blocks as modules"
-        if name == "resid_mid":
-            return block.sequential
-        for part, branch in (("attn", block.attn), ("mlp", block.mlp)):
-            if name.startswith(part) and branch is None:
-                return f"the block has no single {part}"
-        return block.additive if name in ("attn_out", "mlp_out") else ""
+        return why_missing(site.component, self.survey().blocks[site.layer or 0])
 
     def _resolve(self, name: str) -> Site:
         if inside := split_layer(name, self.list_path):
@@ -326,8 +286,9 @@ class Architecture:
             return site
         head, _, tail = rest.partition(".")
         branch = canonical_component(head)
-        if tail and branch in ("attn", "mlp") and not self._missing(Site(layer, branch)):
-            path = f"{base}.{self._branch(Site(layer, branch), branch).path}.{tail}"
+        wired: Branch | None = getattr(self.survey().blocks[layer], branch, None)
+        if tail and branch in ("attn", "mlp") and wired is not None:
+            path = f"{base}.{wired.path}.{tail}"
             return self._site_of_path(path) if path in self.modules else None
         return None
 

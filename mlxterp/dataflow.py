@@ -1,7 +1,7 @@
 """Find out how a model is wired from one forward pass that computes nothing.
 
 A model is called on a few tokens while every module notes which arrays it was given and which it
-returned. Because MLX is lazy, nothing is evaluated and no weight is loaded.
+returned. Because MLX is lazy, nothing is evaluated and no weight is loaded, but those of norms.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextvars import Context
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
@@ -17,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxterp.hooks import Hooks, Key, array_arguments, first_array, stream_argument
+from mlxterp.norms import why_not_units
 from mlxterp.probing import Block, Branch, probe
 
 _ATTENTION = (
@@ -94,6 +95,7 @@ def _survey(model: nn.Module, blocks: list[nn.Module], inputs: mx.array) -> Flow
     keys = _stream_keys(calls, blocks)
     wired = [_wire(b, keys[i], by_block.get(i, [])) for i, b in enumerate(blocks)]
     probe(model, blocks, wired, inputs)
+    _check_units(wired)
     return Flow(calls, wired, _ends(calls, blocks))
 
 
@@ -189,7 +191,14 @@ def _wire(block: nn.Module, key: Key | None, calls: list[Call]) -> Block:
         path = next((p for p in candidates if p in paths and called[id(paths[p])]), None)
         if path is None:
             return None
-        return Branch(path, paths[path], _addend(paths[path], paths, calls))
+        module = paths[path]
+        projection = _projection(module, calls)
+        if projection and called[id(projection)] != called[id(module)]:
+            projection = None
+        return Branch(
+            path, module, _addend(module, paths, calls),
+            norm=_norm_before(module, calls), projection=projection,
+        )  # fmt: skip
 
     attn, mlp = branch(_ATTENTION), branch(_MLP)
     times = called[id(block)]
@@ -205,6 +214,40 @@ def _addend(module: nn.Module, paths: dict[str, nn.Module], calls: list[Call]) -
         if id(call.module) in norms and output in call.inputs.values():
             return call.module
     return module
+
+
+def _check_units(wired: list[Block]) -> None:
+    """Learn which norms can be undone; their weights are the only ones that are looked at."""
+    places = [(b, name) for b in wired for name in ("attn", "mlp")]
+    normed = [(b, n, found) for b, n in places if (found := getattr(b, n)) and found.norm]
+    reasons = why_not_units([found.norm for *_, found in normed])
+    for (block, name, found), reason in zip(normed, reasons, strict=True):
+        setattr(block, name, replace(found, no_unit=reason))
+
+
+def _norm_before(module: nn.Module, calls: list[Call]) -> nn.Module | None:
+    """The norm that returned the very array that `module` receives."""
+    received = next(call.stream for call in calls if call.module is module)
+    for call in calls:
+        if call.output == received and len(call.inputs) == 1 and _n_axes(call.module) == 1:
+            return call.module
+    return None
+
+
+def _projection(module: nn.Module, calls: list[Call]) -> nn.Module | None:
+    """The matrix inside of `module` that returned the very array that `module` does."""
+    inside = {id(m) for _, m in module.named_modules() if m is not module}
+    returned = next(call.output for call in calls if call.module is module)
+    for call in calls:
+        if id(call.module) in inside and call.output == returned and _n_axes(call.module) == 2:
+            return call.module
+    return None
+
+
+def _n_axes(module: nn.Module) -> int:
+    """The number of axes of the module's own weight, 0 where it has none."""
+    weight = module.get("weight")
+    return weight.ndim if isinstance(weight, mx.array) else 0
 
 
 def outside_blocks(flow: Flow) -> Iterator[Call]:

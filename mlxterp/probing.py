@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -44,12 +44,20 @@ _NORM = _LINEAR | {
 @dataclass(frozen=True)
 class Branch:
     """The attention or the MLP of a block; `addend` is the module whose output, times `scale`,
-    is added to the residual stream (a norm that follows `module`, where there is one)."""
+    is added to the residual stream (a norm that follows `module`, where there is one).
+
+    `norm` is the one that makes what `module` receives, `no_unit` why that cannot be had without
+    its gain; `projection` is the matrix inside of `module` that makes what it returns. They are
+    None where there is none.
+    """
 
     path: str
     module: nn.Module
     addend: nn.Module
     scale: float = 1.0
+    norm: nn.Module | None = None
+    no_unit: str = "no norm with a gain makes what it receives"
+    projection: nn.Module | None = None
 
 
 @dataclass
@@ -166,9 +174,9 @@ def _conclude(wiring: Block, coefficients: mx.array | None, read: mx.array | Non
         wiring.additive = ""
         attn, mlp = wiring.attn, wiring.mlp
         if attn:
-            wiring.attn = Branch(attn.path, attn.module, attn.addend, scales[0])
+            wiring.attn = replace(attn, scale=scales[0])
         if mlp:
-            wiring.mlp = Branch(mlp.path, mlp.module, mlp.addend, scales[1])
+            wiring.mlp = replace(mlp, scale=scales[1])
     wiring.sequential = _why_not_sequential(wiring, read)
 
 

@@ -12,8 +12,8 @@ from mlxterp.notebook import fragment
 
 RESIDUAL = ("resid_pre", "resid_mid", "resid_post")
 COMPONENTS = (
-    "resid_pre", "attn_in", "attn", "attn_out",
-    "resid_mid", "mlp_in", "mlp", "mlp_out", "resid_post",
+    "resid_pre", "attn_unit", "attn_in", "attn_z", "attn", "attn_out",
+    "resid_mid", "mlp_unit", "mlp_in", "mlp", "mlp_out", "resid_post",
 )  # fmt: skip
 OUTPUT = "__model_output__"
 
@@ -25,6 +25,7 @@ _ALIASES = {
     "attention": "attn",
     "ffn": "mlp",
     "feed_forward": "mlp",
+    "attn.hook_z": "attn_z",
 } | {f"hook_{name}": name for name in (*RESIDUAL, "attn_out", "mlp_out")}
 
 
@@ -35,7 +36,9 @@ class Site:
     The components of every layer are `resid_pre`, `attn_in`, `attn`, `attn_out`,
     `resid_mid`, `mlp_in`, `mlp`, `mlp_out` and `resid_post`: `attn` and `mlp` are what
     the modules return, `attn_out` and `mlp_out` what is added to the residual stream, `attn_in`
-    and `mlp_in` what the modules receive, after the norm.
+    and `mlp_in` what the modules receive, after the norm. `attn_unit` and `mlp_unit` are that
+    before the gain and bias of the norm, and `attn_z` is what the output projection of the
+    attention receives: the joined heads.
     """
 
     layer: int | None

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxterp.architecture import Architecture, Place
+from mlxterp.architecture import Architecture
 from mlxterp.hooks import (
     Hooks,
     Key,
@@ -22,6 +22,7 @@ from mlxterp.hooks import (
     with_first_array,
 )
 from mlxterp.interventions import takes_context
+from mlxterp.places import Place
 from mlxterp.sites import Site, SiteTable
 
 Edit = Callable[..., mx.array]
@@ -203,10 +204,11 @@ class Pass:
                     modules[id(place.stream)] = place.stream
                     stream = inputs.setdefault(id(place.stream), _Visits())
                     stream.argument, stream.keep = place.argument, True
+        for visits in (*inputs.values(), *outputs.values()):
+            visits.edits.sort(key=_depth)
         for key, visits in inputs.items():
             self.hooks.add_before(modules[key], self._input_hook(visits, key))
         for key, visits in outputs.items():
-            visits.edits.sort(key=_depth)
             self.hooks.add_after(modules[key], self._output_hook(visits))
 
     def _input_hook(
@@ -238,20 +240,15 @@ class Pass:
     def _visit(self, array: mx.array, visits: _Visits) -> mx.array:
         """`array` after the edits of all sites here; what they capture is seen after them."""
         for site, place in visits.edits:
-            value = self._read(place, array)
+            value = place.value(array, self._stream(place))
             edited = self._edit(site, value)
-            array = array if edited is value else self._write(place, edited)
+            array = array if edited is value else place.array(edited, self._stream(place))
         for site, place in visits.captures:
-            self.activations[site] = self._read(place, array)
+            self.activations[site] = place.value(array, self._stream(place))
         return array
 
-    def _read(self, place: Place, array: mx.array) -> mx.array:
-        array = array if place.scale == 1 else array * place.scale
-        return array if place.stream is None else self._streams[id(place.stream)] + array
-
-    def _write(self, place: Place, value: mx.array) -> mx.array:
-        value = value if place.stream is None else value - self._streams[id(place.stream)]
-        return value if place.scale == 1 else value / place.scale
+    def _stream(self, place: Place) -> mx.array | None:
+        return None if place.stream is None else self._streams[id(place.stream)]
 
     def _edit(self, site: Site, value: mx.array) -> mx.array:
         self._edited.add(site)
@@ -283,11 +280,12 @@ class Pass:
 
 
 def _depth(visit: tuple[Site, Place]) -> int:
-    """What a module returns comes before what a norm makes of it, and that before the sum."""
+    """What a module returns comes before what a norm makes of it, and that before the sum; what a
+    norm makes comes before what its gain makes of that."""
     site, place = visit
     if place.stream is not None:
         return 2
-    return 1 if site.component in ("attn_out", "mlp_out") else 0
+    return 1 if site.component in ("attn_out", "mlp_out", "attn_in", "mlp_in") else 0
 
 
 def _checked(site: Site, edited: Any, value: mx.array) -> mx.array:
