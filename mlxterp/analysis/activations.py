@@ -1,4 +1,4 @@
-"""Read activations of many prompts, and what a hidden state predicts."""
+"""The activations of many prompts, by name and by position."""
 
 from __future__ import annotations
 
@@ -6,30 +6,14 @@ import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import index
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
-from mlxterp.architecture import Architecture
+from mlxterp.analysis.source import Readable
 from mlxterp.sites import Site, SiteTable
 from mlxterp.tracing import Captured
-
-
-class Readable(Protocol):
-    """What reading activations needs of a model."""
-
-    architecture: Architecture
-
-    @property
-    def n_layers(self) -> int: ...
-
-    def site(self, layer: Any, component: str | None = None) -> Site: ...
-
-    def run(self, tokens: Any, *, capture: Any = (), stop: bool = False) -> Captured: ...
-
-    def trace(self, inputs: Any, *, capture: Any = None) -> Any: ...
 
 
 @dataclass
@@ -168,51 +152,3 @@ def _at(done: Captured, site: Site, positions: list[int]) -> mx.array:
     where = mx.array([[p % length for p in positions] for length in lengths])
     picked = mx.take_along_axis(array, where[..., None], axis=1)
     return picked[:, 0] if len(positions) == 1 else picked
-
-
-def get_token_predictions(
-    model: Readable,
-    hidden_state: mx.array,
-    top_k: int = 10,
-    return_scores: bool = False,
-    embedding_layer: nn.Module | None = None,
-    lm_head: nn.Module | None = None,
-) -> list:
-    """The `top_k` ids (or `(id, score)`) of a hidden state `[d_model]`, the likeliest first.
-
-    A batch `[B, d_model]` gives a list of lists. The state goes straight into the head: apply the
-    final norm before, or use `InterpretableModel.unembed`, which does. Raises `ValueError` for
-    another shape or a `top_k` out of range.
-    """
-    if hidden_state.ndim not in (1, 2):
-        raise ValueError(
-            f"hidden_state must be [d_model] or [B, d_model], not {hidden_state.shape}"
-        )
-    logits = _project(model, hidden_state, embedding_layer, lm_head)
-    if not 1 <= top_k <= logits.shape[-1]:
-        raise ValueError(f"top_k must be 1 to {logits.shape[-1]}, not {top_k}")
-    best = mx.argsort(-logits, axis=-1)[..., :top_k]
-    scores = mx.take_along_axis(logits, best, axis=-1).astype(mx.float32)
-    rows, values = np.atleast_2d(best).tolist(), np.atleast_2d(scores).tolist()
-    if return_scores:
-        rows = [list(zip(ids, row, strict=True)) for ids, row in zip(rows, values, strict=True)]
-    return rows if hidden_state.ndim == 2 else rows[0]
-
-
-def _project(
-    model: Readable,
-    hidden: mx.array,
-    embedding: nn.Module | None,
-    head: nn.Module | None,
-) -> mx.array:
-    if head is None and embedding is None:
-        head = model.architecture.head
-    if head is not None:
-        project: Any = head  # nn.Module itself declares no call
-        return project(hidden)
-    tied: Any = model.architecture.embedding if embedding is None else embedding
-    if tied is None:
-        raise ValueError(
-            "this model has no head that could be found: give lm_head or embedding_layer"
-        )
-    return tied.as_linear(hidden)

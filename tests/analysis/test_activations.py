@@ -1,4 +1,4 @@
-"""Activations of many prompts, caches, and what a hidden state predicts."""
+"""Activations of many prompts, by name and by position."""
 
 import mlx.core as mx
 import numpy as np
@@ -10,16 +10,9 @@ from mlxterp.analysis import (
     collect_activations,
     get_activations,
 )
-from mlxterp.model import InterpretableModel
 from tests.pages import checked
-from tests.tiny_models import build
 
 PROMPTS = ["one two three four five", "six", "seven eight", "nine ten eleven"]
-
-
-@pytest.fixture(scope="module")
-def demo():
-    return InterpretableModel.demo()
 
 
 def test_the_last_token_is_the_last_real_one(demo):
@@ -93,36 +86,6 @@ def test_a_cache_names_the_nearest():
     assert ["layers.*.mlp", "3", "[1] float32"] in checked(cache._repr_html_()).cells
     with pytest.raises(KeyError, match=r"nearest existing: layers\.3\.mlp"):
         cache["layers.3.mpl"]
-
-
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gpt_neox", "cohere"])
-def test_predictions_come_from_the_head(model_type):
-    """`cohere` and `gpt2` have tied heads; cohere's scale does not change the order."""
-    model = InterpretableModel(build(model_type))
-    done = model.run([1, 2, 3], capture=["final_layer_norm" if model_type == "gpt_neox" else
-                                         "ln_f" if model_type == "gpt2" else "norm"])  # fmt: skip
-    (hidden,) = done.values()
-    expected = mx.argsort(-done.output[0], axis=-1)[:, :4].tolist()
-    assert model.get_token_predictions(hidden[0], top_k=4) == expected
-    assert model.get_token_predictions(hidden[0, -1], top_k=4) == expected[-1]
-    scored = model.get_token_predictions(hidden[0, -1], top_k=4, return_scores=True)
-    assert [token for token, _ in scored] == expected[-1]
-    scores = [score for _, score in scored]
-    assert scores == sorted(scores, reverse=True)
-
-
-def test_predictions_with_a_head_of_ones_own():
-    model = InterpretableModel(build("llama"))
-    hidden = mx.random.normal((32,), key=mx.random.key(0))
-    tied = model.get_token_predictions(hidden, 3, embedding_layer=model.model.model.embed_tokens)
-    assert tied == mx.argsort(-model.model.model.embed_tokens.as_linear(hidden))[:3].tolist()
-    assert tied != model.get_token_predictions(hidden, 3)
-    given = model.get_token_predictions(hidden, 3, lm_head=model.model.lm_head)
-    assert given == model.get_token_predictions(hidden, 3)
-    with pytest.raises(ValueError, match="top_k must be 1 to 96, not 97"):
-        model.get_token_predictions(hidden, 97)
-    with pytest.raises(ValueError, match="hidden_state must be"):
-        model.get_token_predictions(hidden[None, None])
 
 
 def test_one_prompt_one_layer_and_arrays_of_prompts(demo):
