@@ -41,7 +41,8 @@ from mlxterp.sae import (
     initialization,
 )
 from mlxterp.sae.coder import Columns, SparseCoder
-from mlxterp.sae.evals import LossRecovered, fidelity, loss_recovered
+from mlxterp.sae.evals.fidelity import fidelity
+from mlxterp.sae.evals.loss import LossRecovered, loss_recovered
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from quickstart import python_texts

@@ -30,7 +30,7 @@ from mlxterp.sae import ActivationDataset, SAEConfig, SAETrainer
 from mlxterp.sae.coder import Columns
 from mlxterp.sae.corpus import Corpus
 from mlxterp.sae.curation import CurationReport, _cut, _joined, _random, curate
-from mlxterp.sae.evals import fidelity
+from mlxterp.sae.evals.fidelity import fidelity
 from mlxterp.sae.harvest import harvest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))

@@ -31,7 +31,7 @@ import mlxterp
 import mlx.core as mx  # isort: skip
 
 from mlxterp.sae import ActivationDataset, SAEConfig
-from mlxterp.sae.evals import fidelity
+from mlxterp.sae.evals.fidelity import fidelity
 from mlxterp.sae.sae import SAE, SAETrainer
 from mlxterp.sae.store import INDEX_FILE
 

@@ -27,7 +27,7 @@ import mlxterp
 import mlx.core as mx  # isort: skip
 
 from mlxterp.sae import ActivationDataset, SAEConfig
-from mlxterp.sae.evals import loss_recovered
+from mlxterp.sae.evals.loss import loss_recovered
 from mlxterp.sae.sae import SAE
 from mlxterp.sae.trainer import Trainer
 

@@ -21,7 +21,8 @@ from mlxterp import InterpretableModel  # isort: skip
 from mlx import nn
 
 from mlxterp.sae import ActivationDataset, SAEConfig, SAETrainer
-from mlxterp.sae.evals import fidelity, loss_recovered
+from mlxterp.sae.evals.fidelity import fidelity
+from mlxterp.sae.evals.loss import loss_recovered
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from quickstart import python_texts

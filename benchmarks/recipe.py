@@ -17,7 +17,7 @@ import numpy as np
 
 from mlxterp import InterpretableModel
 from mlxterp.sae import ActivationDataset, SAEConfig
-from mlxterp.sae.evals import fidelity
+from mlxterp.sae.evals.fidelity import fidelity
 from mlxterp.sae.sae import SAE
 from mlxterp.sae.trainer import Trainer
 

@@ -43,11 +43,9 @@ def main() -> None:
     )
     print(sae)
 
-    fidelity, loss = sae.evaluate()
+    report = sae.evaluate()
     dead = (sae.statistics.firing_rates == 0).mean()
-    print(
-        f"\nOn held-out text\n  {fidelity}\n  {loss}\n  {100 * dead:.1f}% of the features are dead"
-    )
+    print(f"\nOn held-out text\n{report}\n{100 * dead:.1f}% of the features are dead")
 
     data = sae.collect(max_tokens=200_000)
     for feature_id in data.clearest(5):

@@ -39,8 +39,7 @@ def main() -> None:
         for layer in options.layers
     )
     for transcoder in (earlier, later):
-        fidelity, loss = transcoder.evaluate()
-        print(f"\n{transcoder}\n  {fidelity}\n  {loss}")
+        print(f"\n{transcoder.evaluate()}")
 
     prompt = "The function returns"
     print(f"\nAfter {prompt!r}, by the model, and with a transcoder in place of an MLP:")

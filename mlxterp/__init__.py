@@ -5,12 +5,14 @@ from mlxterp import backend
 backend.prepare()  # MLX must be prepared before it is imported
 
 # ruff: noqa: E402
-from mlxterp import interventions
+from mlxterp import interventions, visualization
 from mlxterp.analysis import (
     ActivationCache,
+    TunedLens,
     batch_get_activations,
     collect_activations,
     get_activations,
+    train_tuned_lens,
 )
 from mlxterp.interventions import (
     InterventionComposer,
@@ -34,6 +36,7 @@ __all__ = [
     "SAEConfig",
     "SAETrainer",
     "Site",
+    "TunedLens",
     "add_vector",
     "batch_get_activations",
     "clamp",
@@ -43,5 +46,7 @@ __all__ = [
     "noise",
     "replace_with",
     "scale",
+    "train_tuned_lens",
+    "visualization",
     "zero_out",
 ]

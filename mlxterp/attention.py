@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from operator import index
@@ -124,6 +125,9 @@ class Attention(Mapping[int, AttentionHeads]):
             raise ValueError(f"layer {layer} attended {len(found)} times: take them from .calls")
         return found[0]
 
+    def __contains__(self, layer: object) -> bool:
+        return any(call.layer == layer for call in self.calls)
+
     def __iter__(self) -> Iterator[int]:
         return iter(dict.fromkeys(call.layer for call in self.calls))
 
@@ -148,18 +152,34 @@ def attention(
     """
     n_layers = len(architecture.blocks)
     wanted = _layers(layers, n_layers)
+    with watched(architecture, wanted) as calls:
+        tracing.run(architecture, tokens, plan or tracing.make_plan(architecture), **kwargs)
+    return complete(architecture, calls, wanted or ())
+
+
+@contextmanager
+def watched(
+    architecture: Architecture, layers: Collection[int] | None = None
+) -> Iterator[list[AttentionHeads]]:
+    """A list that gets every call of the attention of `layers` (of all where None) in the block."""
     calls: list[AttentionHeads] = []
-    hooks = _hooks(architecture, set(wanted or range(n_layers)), calls)
+    hooks = _hooks(architecture, set(layers or range(len(architecture.blocks))), calls)
     try:
         with hooks:
-            tracing.run(architecture, tokens, plan or tracing.make_plan(architecture), **kwargs)
+            yield calls
     finally:
         hooks.clear()
-    found = {call.layer for call in calls}
-    missing = [layer for layer in wanted or () if layer not in found]
-    if missing or not found:
-        raise ValueError(_no_attention(architecture, missing, found))
-    return Attention(calls)
+
+
+def complete(
+    architecture: Architecture, calls: Iterable[AttentionHeads], layers: Iterable[int] = ()
+) -> Attention:
+    """The calls by layer; raises `ValueError` where there are none, or none of some `layers`."""
+    held = Attention(calls)
+    missing = [layer for layer in layers if layer not in held]
+    if missing or not held:
+        raise ValueError(_no_attention(architecture, missing, set(held)))
+    return held
 
 
 def _layers(layers: int | Iterable[int] | None, count: int) -> list[int] | None:

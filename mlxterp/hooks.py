@@ -223,6 +223,12 @@ def first_array(value: Any) -> mx.array | None:
     return None
 
 
+def own(array: mx.array) -> mx.array:
+    """The same values, without a copy, as another object: models such as gpt2 add to what a module
+    returned in place, `x += y`."""
+    return array.astype(array.dtype)
+
+
 def with_first_array(value: Any, array: mx.array) -> Any:
     """`value` with `array` in the place of its first array."""
     if isinstance(value, mx.array):

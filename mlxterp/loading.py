@@ -99,6 +99,24 @@ def _checksums(array: mx.array) -> list[int]:
     return found
 
 
+def precision(model: nn.Module) -> dict[str, str | None]:
+    """The floating types of the weights, and how some of them are quantised."""
+    arrays: Any = tree_flatten(model.parameters())
+    floating = {a.dtype for _, a in arrays if mx.issubdtype(a.dtype, mx.floating)}
+    quantised = sorted(
+        {
+            (getattr(module, "mode", "affine"), module.bits, module.group_size)
+            for module in model.modules()
+            if hasattr(module, "bits") and hasattr(module, "group_size")
+        }
+    )
+    how = [f"{mode}, {bits} bits in groups of {size}" for mode, bits, size in quantised]
+    return {
+        "dtype": ", ".join(sorted(str(dtype).removeprefix("mlx.core.") for dtype in floating)),
+        "quantization": "; ".join(how) or None,
+    }
+
+
 def context_length(model: nn.Module, config: dict) -> int | None:
     """The longest input that the model was made for, where its config says."""
     arguments = getattr(model, "args", None) or getattr(model, "config", None)

@@ -12,7 +12,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlxterp import analysis, loading, tokenization, tracing
+from mlxterp import loading, tokenization, tracing
+from mlxterp.analysis.familiar import FamiliarMethods
+from mlxterp.analysis.methods import AnalysisMethods
 from mlxterp.architecture import Architecture
 from mlxterp.attention import Attention, attention
 from mlxterp.constants import Recording
@@ -36,7 +38,7 @@ from mlxterp.tracing import Captured, Edit, Gradients, Plan, Spelling, make_plan
 Edits = Mapping[Any, "Edit | Sequence[Edit]"]
 
 
-class InterpretableModel(TextMethods):
+class InterpretableModel(TextMethods, AnalysisMethods, FamiliarMethods):
     """An MLX language model whose activations can be read, edited and differentiated.
 
     `model` is a name on the Hugging Face Hub, a local directory, or any MLX module. `layer_attr`
@@ -120,6 +122,11 @@ class InterpretableModel(TextMethods):
     def fingerprint(self) -> str:
         """16 hexadecimal digits by which another session can tell that it has the same weights."""
         return loading.fingerprint(self.model)
+
+    @property
+    def precision(self) -> dict[str, str | None]:
+        """`dtype`, the type of the weights, and `quantization`, None where there is none."""
+        return loading.precision(self.model)
 
     def site(self, layer: int | str | Site, component: str | None = None) -> Site:
         """The site that a layer and component, or any spelling such as `h.3.attn`, mean."""
@@ -305,19 +312,6 @@ class InterpretableModel(TextMethods):
         """The modules of the wrapped model with their dotted paths, the model itself first."""
         return self.model.named_modules()
 
-    def get_token_predictions(
-        self,
-        hidden_state: mx.array,
-        top_k: int = 10,
-        return_scores: bool = False,
-        embedding_layer: nn.Module | None = None,
-        lm_head: nn.Module | None = None,
-    ) -> list:
-        """The likeliest tokens of a hidden state, see `mlxterp.analysis.get_token_predictions`."""
-        return analysis.get_token_predictions(
-            self, hidden_state, top_k, return_scores, embedding_layer, lm_head
-        )
-
     def train_sae(
         self,
         layer: int | str | Site,
@@ -377,10 +371,12 @@ class InterpretableModel(TextMethods):
         trainer = CrossLayerTrainer(config, checkpoint_dir)
         return trainer.train(self, layers, dataset, **options)
 
-    def load_sae(self, path: str | Path) -> BaseSAE:
-        """The coder saved at `path`, bound to this model; warns where it does not fit."""
-        sae = load_sae(path)
-        if not (fits := sae.is_compatible(self)):
+    def load_sae(self, path: str | Path, **options: Any) -> BaseSAE:
+        """The coder saved at `path`, or `user/name` on the Hub, bound to this model; warns where it
+        does not fit. The options are those of `mlxterp.sae.load_sae`."""
+        sae = load_sae(path, **options)
+        fits = sae.is_compatible(self)
+        if fits.reasons or fits.doubts:
             warnings.warn(f"{path} is {fits}", stacklevel=2)
         sae.bind(self)
         return sae

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import operator
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from contextvars import ContextVar
 from typing import Any, Protocol
 
@@ -14,12 +16,14 @@ import numpy as np
 
 from mlxterp import tracing
 from mlxterp.architecture import Architecture
+from mlxterp.attention import Attention, AttentionHeads, complete, watched
 from mlxterp.hooks import first_array
 from mlxterp.notebook import fragment
 from mlxterp.sites import OUTPUT, Site, SiteTable, canonical_component
 from mlxterp.tracing import Captured, Plan, make_plan
 
 SHOWN = 200  # characters of a text in a notebook
+WEIGHTS = ".attention_weights"
 
 _open: ContextVar[tuple[Trace, ...]] = ContextVar("mlxterp_traces", default=())
 
@@ -39,15 +43,32 @@ class Traceable(Protocol):
 
 
 class TraceActivations(Mapping[str, mx.array]):
-    """The activations of a trace in call order, by module path or any spelling of a site."""
+    """The activations of a trace in call order, by module path or any spelling of a site.
 
-    def __init__(self, captured: Captured, keys: dict[str, Site]) -> None:
+    Before what an attention module returns stand its patterns `[B, H, S, S]`, as
+    `<path of the module>.attention_weights`, where it attends once.
+    """
+
+    def __init__(
+        self,
+        captured: Captured,
+        keys: dict[str, Site | AttentionHeads],
+        architecture: Architecture,
+    ) -> None:
         self._captured = captured
         self._keys = keys
+        self._architecture = architecture
 
     def __getitem__(self, name: str | Site) -> mx.array:
-        site = self._keys.get(name) if isinstance(name, str) else name
-        return self._captured[name if site is None else site]
+        found = self._found(name) if isinstance(name, str) else name
+        return found.pattern if isinstance(found, AttentionHeads) else self._captured[found]
+
+    def _found(self, name: str) -> Any:
+        if name in self._keys or not name.endswith(WEIGHTS):
+            return self._keys.get(name, name)
+        module = self._architecture.site(name.removesuffix(WEIGHTS))
+        held = (key for key, site in self._keys.items() if site == module)
+        return self._keys.get(f"{next(held, '')}{WEIGHTS}", name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._keys)
@@ -57,7 +78,8 @@ class TraceActivations(Mapping[str, mx.array]):
 
     def table(self) -> SiteTable:
         """The sites with the shapes of their activations, which are not computed for that."""
-        sites = {site: self._captured[site] for site in self._keys.values()}
+        found = [site for site in self._keys.values() if isinstance(site, Site)]
+        sites = {site: self._captured[site] for site in found}
         return SiteTable.of_arrays(f"{len(sites)} activations", sites)
 
     def __repr__(self) -> str:
@@ -72,7 +94,7 @@ class Trace:
 
     `activations` holds every module's output, or what `capture` names; `tokens [B, S]` is what the
     model received, `output` what it returned, `saved_values` what `.save()` kept. All stay usable
-    after the block.
+    after the block. Without `capture` it has the `attention` too.
     """
 
     def __init__(
@@ -93,6 +115,7 @@ class Trace:
         self.activations: Mapping[str, mx.array] = {}
         self.tokens: mx.array | None = None
         self.output: Any = None
+        self._attended: list[AttentionHeads] | None = None
         self._capture = capture
         self._stop = stop
         self._kwargs = kwargs
@@ -104,9 +127,13 @@ class Trace:
         plan = make_plan(architecture, capture, self.interventions)
         if self._capture is None:
             plan = Plan(tuple(architecture.all_sites), plan.edits, optional=True)
-        done = tracing.run(architecture, tokens, plan, mask=mask, stop=self._stop, **self._kwargs)
+        whole = self._capture is None
+        with watched(architecture) if whole else nullcontext() as self._attended:
+            done = tracing.run(
+                architecture, tokens, plan, mask=mask, stop=self._stop, **self._kwargs
+            )
         self.tokens, self.output = tokens, done.output
-        self.activations = TraceActivations(done, self._names(done))
+        self.activations = TraceActivations(done, self._names(done), architecture)
         _open.set((*_open.get(), self))
         return self
 
@@ -120,6 +147,19 @@ class Trace:
     def get_activation(self, name: str | Site) -> mx.array:
         """The activation at a site in any spelling."""
         return self.activations[name]  # type: ignore[index]
+
+    @property
+    def attention(self) -> Attention:
+        """What every head did in this pass: `trace.attention[layer].pattern`, also `q k v z`.
+
+        Raises `ValueError` where `capture` was given, and for a model without softmax attention.
+        """
+        if self._attended is None:
+            raise ValueError(
+                "this trace holds no attention: it was not entered, or was told what to capture; "
+                "leave capture out, or use model.attention(inputs)"
+            )
+        return complete(self.model.architecture, self._attended)
 
     def __repr__(self) -> str:
         return f"Trace(saved_values={len(self.saved_values)}, activations={len(self.activations)})"
@@ -140,15 +180,22 @@ class Trace:
         title = "Trace" if self.tokens is not None else "Trace: not entered yet"
         return fragment("sites.html", title=title, facts=facts, groups=groups)
 
-    def _names(self, done: Captured) -> dict[str, Site]:
+    def _names(self, done: Captured) -> dict[str, Site | AttentionHeads]:
         known = self.model.architecture.all_sites
-        paths = {site: known.get(site) for site in done}
         whole = self._capture is None
-        return {
-            self._name(site, path): site
-            for site, path in paths.items()
-            if path is not None or not whole
-        }
+        calls = self._attended or []
+        times = Counter(call.layer for call in calls)
+        once = {call.layer: call for call in calls if times[call.layer] == 1}
+        names: dict[str, Site | AttentionHeads] = {}
+        for site in done:
+            path = known.get(site)
+            if path is None and whole:
+                continue
+            name = self._name(site, path)
+            if site.component == "attn" and whole and site.layer in once:
+                names[f"{name}{WEIGHTS}"] = once[site.layer]
+            names[name] = site
+        return names
 
     def _name(self, site: Site, path: str | None) -> str:
         return f"model.{path}" if path else str(site)

@@ -15,6 +15,7 @@ from mlxterp.hooks import (
     Key,
     array_arguments,
     first_array,
+    own,
     standing,
     stream_argument,
     suspended,
@@ -222,7 +223,7 @@ class Pass:
             array = arrays[key]
             changed = self._visit(array, visits)
             if visits.keep:
-                self._streams[module] = changed
+                self._streams[module] = own(changed)
             return (args, kwargs) if changed is array else with_argument(args, kwargs, key, changed)
 
         return before
@@ -240,11 +241,11 @@ class Pass:
     def _visit(self, array: mx.array, visits: _Visits) -> mx.array:
         """`array` after the edits of all sites here; what they capture is seen after them."""
         for site, place in visits.edits:
-            value = place.value(array, self._stream(place))
+            value = own(place.value(array, self._stream(place)))
             edited = self._edit(site, value)
             array = array if edited is value else place.array(edited, self._stream(place))
         for site, place in visits.captures:
-            self.activations[site] = place.value(array, self._stream(place))
+            self.activations[site] = own(place.value(array, self._stream(place)))
         return array
 
     def _stream(self, place: Place) -> mx.array | None:

@@ -43,9 +43,17 @@ def reference(q, k, scale, mask=None, sinks=None):
     return pattern
 
 
+# These multiply what attention returns by a gate, before the output projection.
+GATED = {
+    "afmoe", "laguna", "muse_glimmer", "qwen3_5", "qwen3_5_moe", "qwen3_next", "spark2_5",
+    "step3p5",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("model_type", sorted(set(MODEL_TYPES) - WITHOUT))
 def test_pattern_times_values_is_what_the_model_computed(model_type):
-    architecture = Architecture(build(model_type))
+    model = InterpretableModel(build(model_type))
+    architecture = model.architecture
     plain = architecture.model(TOKENS)
     found = attention(architecture, TOKENS)
     assert mx.array_equal(architecture.model(TOKENS), plain)
@@ -58,6 +66,19 @@ def test_pattern_times_values_is_what_the_model_computed(model_type):
         assert np.abs(np.array(call.pattern) - pattern).max() < 1e-5
         assert np.abs(pattern @ np.array(call.v, np.float64) - z).max() < 1e-5
         assert np.abs(z).max() > 1e-2
+    if model_type != "longcat_flash":  # of which no block has one attention
+        projected_from_heads(model, model_type in GATED)
+
+
+def projected_from_heads(model, gated):
+    """The pattern times the values is what the output projection receives, heads side by side."""
+    with model.trace(TOKENS) as trace:
+        last = {call.layer: call for call in trace.attention.calls}
+    for layer, call in last.items():
+        z = np.array(call.pattern, np.float64) @ np.array(call.v, np.float64)
+        received = np.array(trace.activations[f"layers.{layer}.attn_z"])
+        same = np.abs(z.swapaxes(1, 2).reshape(received.shape) - received).max() < 1e-5
+        assert same != gated
 
 
 @pytest.mark.parametrize("model_type", sorted(WITHOUT))
@@ -133,6 +154,42 @@ def test_the_model_takes_text_edits_and_layers(demo):
     zero = {"layers.0": mx.zeros_like}
     changed = demo.attention("The old man went down to the sea", 1, edit=zero)[1].pattern
     assert not mx.allclose(changed, found[1].pattern)
+
+
+def test_a_trace_holds_the_attention_of_its_own_pass(demo):
+    text, half = "The old man went down to the sea", {"layers.0": lambda x: x / 2}
+    with demo.trace(text, half) as trace:
+        weights = trace.activations["layers.2.self_attn.attention_weights"]
+    assert mx.array_equal(weights, demo.attention(text, 2, edit=half)[2].pattern)
+    assert not mx.allclose(weights, demo.attention(text, 2)[2].pattern)
+    names = [name for name in trace.activations if name.endswith(".attention_weights")]
+    assert names == [f"model.model.layers.{i}.self_attn.attention_weights" for i in range(6)]
+    for spelling in (names[2], "layers.-4.attn.attention_weights", "h.2.attn.attention_weights"):
+        assert trace.activations[spelling] is trace.attention[2].pattern
+    assert "layers.9.attn.attention_weights" not in trace.activations
+    assert "layers.2.mlp.attention_weights" not in trace.activations
+
+
+def test_a_trace_that_holds_no_attention_says_why(demo):
+    with demo.trace("The old man", capture="layers.1.mlp") as trace:
+        pass
+    assert list(trace.activations) == ["model.model.layers.1.mlp"]
+    for without in (trace, demo.trace("The old man")):
+        with pytest.raises(ValueError, match="this trace holds no attention.* leave capture out"):
+            without.attention.calls
+    with InterpretableModel(build("mamba")).trace(TOKENS) as trace:
+        pass
+    with pytest.raises(ValueError, match="no layer of this model .*scaled_dot_product_attention"):
+        trace.attention.calls
+    assert not [name for name in trace.activations if name.endswith(".attention_weights")]
+
+
+def test_a_layer_that_attends_twice_has_no_weights_of_its_own_in_a_trace():
+    with InterpretableModel(build("nanbeige")).trace(TOKENS) as trace:
+        pass
+    assert [call.layer for call in trace.attention.calls] == [0, 1, 2, 0, 1, 2]
+    assert not [name for name in trace.activations if name.endswith(".attention_weights")]
+    assert 1 in trace.attention and 3 not in trace.attention
 
 
 def test_derivatives_go_through_what_is_held():

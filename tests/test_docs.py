@@ -82,7 +82,11 @@ def test_only_blocks_that_need_the_network_are_left_out(page):
         assert HUB_NAME.search(block.text), f"{page}:{block.line} names no model on the Hub"
 
 
-@pytest.mark.parametrize("package", [mlxterp, mlxterp.sae], ids=lambda package: package.__name__)
+@pytest.mark.parametrize(
+    "package",
+    [mlxterp, mlxterp.sae, mlxterp.visualization],
+    ids=lambda package: package.__name__,
+)
 def test_the_api_page_has_every_public_name(package):
     page = API.read_text(encoding="utf-8")
     shown = re.findall(r"^(?:::: [\w.]+\.| +- )(\w+)$", page, flags=re.MULTILINE)

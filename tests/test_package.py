@@ -14,11 +14,11 @@ import mlxterp.sae
 ROOT = Path(mlxterp.__file__).parent.parent
 # A module may import modules of earlier lines and, without a circle, of its own line.
 ORDER = """
-backend version notebook
-sites interventions tokenization hooks probing dataflow architecture loading
+backend version notebook texts
+sites interventions tokenization hooks probing norms dataflow places architecture loading
 sae.kernels sae.activation_functions sae.files sae.gpu_sources sae.gpu_kernels sae.interrupts
-tracing editing attention constants freezing trace generation analysis
-sae.config sae.coder sae.run_state sae.memory sae.demand
+tracing editing attention constants freezing trace generation
+sae.config sae.token_norms sae.coder sae.run_state sae.memory sae.demand
 sae.processes sae.parallel
 sae.losses sae.optimizer
 sae.schedules sae.dead_features sae.objective
@@ -32,7 +32,11 @@ sae.visualization.fonts sae.visualization.style sae.visualization.training
 sae.visualization.matrices sae.visualization.measures
 sae.visualization.lenses
 sae.visualization
-sae.callbacks sae.metadata sae.steering.places sae.steering.edits sae.evals
+sae.callbacks sae.metadata sae.compatibility sae.steering.places sae.steering.edits
+sae.evals sae.evals.noise sae.evals.sums sae.evals.definitions
+sae.evals.fidelity sae.evals.replacing sae.evals.loss
+sae.evals.sparsity sae.evals.controls sae.evals.reconstruction sae.evals.measuring
+sae.evals.model_loss sae.evals.loss_passes
 sae.features.display sae.features.examples sae.features.codes sae.features.co_occurrence
 sae.features.data sae.features.card
 sae.features.collection sae.features.logit_effects sae.features.attribution sae.features.peaks
@@ -48,13 +52,33 @@ sae.features.view
 sae.sharing sae.interactions sae.latent_scaling sae.diffing
 sae.run sae.loggers
 sae.trainer
-sae.bound
+sae.formats sae.formats.archives sae.formats.torch_objects sae.formats.pickles
+sae.formats.tensors sae.formats.names sae.formats.parts sae.formats.single
+sae.formats.saelens_writing sae.formats.saelens sae.formats.sparsify
+sae.formats.torch_writing sae.formats.dictionary_learning_writing sae.formats.dictionary_learning
+sae.formats.gemma_scope_cross_layer sae.formats.gemma_scope
+sae.formats.llama_scope sae.formats.openai sae.formats.qwen_scope sae.formats.goodfire
+sae.formats.hook_z
+sae.formats.circuit_tracer_files sae.formats.circuit_tracer_cross_layer
+sae.formats.circuit_tracer sae.formats.llamascopium
+sae.formats.neuronpedia sae.formats.neuronpedia_labels
+sae.formats.reading sae.formats.writing
+sae.evals.origin sae.evals.schemas sae.evals.report sae.evals.evaluating
+sae.evals.tasks sae.evals.tasks.logistic sae.evals.tasks.splits sae.evals.tasks.result
+sae.evals.tasks.labelled sae.evals.tasks.builtin_sets sae.evals.tasks.random_coder
+sae.evals.tasks.words sae.evals.tasks.probing sae.evals.tasks.absorption
+sae.evals.tasks.perturbation sae.evals.tasks.synthetic sae.evals.tasks.ground_truth
+sae.evals.tasks.stability sae.evals.tasks.autointerp sae.evals.tasks.saebench
+sae.evals.tasks.benchmarks
+sae.bound sae.evals.comparing
 sae.dashboard sae.dashboard.strings sae.dashboard.passages sae.dashboard.layout sae.dashboard.sides
 sae.dashboard.bundle sae.dashboard.reading sae.dashboard.facts sae.dashboard.build
 sae.dashboard.asked sae.dashboard.guard
 sae.dashboard.calling sae.dashboard.live sae.dashboard.pages sae.dashboard.server
 sae.dashboard.running sae.dashboard.dashboard
 sae.methods
+sae.hub_card sae.hub_errors sae.hub_files
+sae.hub
 sae.base
 sae.fitting
 sae.sae sae.transcoder sae.crosscoder sae.cross_layer
@@ -77,10 +101,24 @@ sae.circuits.attention.score_changes sae.circuits.attention.qk_attribution
 sae.circuits.attention.heads
 sae.circuits.graph.influence sae.circuits.graph.readouts sae.circuits.graph.checks
 sae.circuits.graph.attribution_graph sae.circuits.graph.search
-sae.circuits.graph.feature_export sae.circuits.graph.export
+sae.circuits.graph.feature_export sae.circuits.graph.export sae.circuits.graph.reading
 sae
+analysis.source analysis.activations analysis.predictions
+analysis.heads analysis.metrics
+analysis.readout analysis.lens analysis.logit_lens analysis.tuned_lens analysis.lens_training
+analysis.logit_parts analysis.logit_attribution
+analysis.patches analysis.grid analysis.patching_result
+analysis.patching analysis.attribution_patching analysis.paths analysis.path_patching
+analysis.causal_tracing
+analysis.site_rows analysis.contrasts analysis.steering_vectors
+analysis.probe_fits analysis.probe_data analysis.probes analysis.probe_layers
+analysis.hook_names analysis.hook_cache analysis.familiar
+analysis.methods analysis
+visualization.patterns visualization.scores visualization.sampling
+visualization.heads visualization.interactive
+visualization.copying visualization.detection visualization.heatmaps
+visualization
 model
-texts
 cli cli.settings
 cli.commands
 cli.main
@@ -146,7 +184,7 @@ def test_no_module_is_too_long_to_read(name):
     assert len(MODULES[name].read_text().splitlines()) <= 400
 
 
-@pytest.mark.parametrize("package", [mlxterp, mlxterp.sae])
+@pytest.mark.parametrize("package", [mlxterp, mlxterp.sae, mlxterp.visualization])
 def test_public_names_exist_and_are_sorted(package):
     assert package.__all__ == sorted(package.__all__)
     assert all(getattr(package, name, None) is not None for name in package.__all__)

@@ -117,7 +117,7 @@ def test_a_glob_takes_the_layers_that_have_the_site():
 
 def test_the_table(llama):
     table = llama.sites()
-    assert len(table) == len(list(table)) == 3 * (9 + 10) + 5
+    assert len(table) == len(list(table)) == 3 * (12 + 10) + 5
     assert "layers.1.mlp" in table
     assert Site(1, "mlp") in table
     assert "layers.1.nothing" not in table
@@ -127,14 +127,15 @@ def test_the_table(llama):
     page = checked(table._repr_html_())
     assert ["layers.*.mlp", "0-2", "[B, S, 32] float32"] in page.cells
     assert ["model.norm", "[B, S, 32] float32"] in page.cells  # which is in no layer
-    summaries = ["Components of layers (9)", "Modules in layers (10)", "Outside of layers (5)"]
+    summaries = ["Components of layers (12)", "Modules in layers (10)", "Outside of layers (5)"]
     assert [name for name in summaries if name in page.text] == summaries
     assert [attributes for tag, attributes in page.tags if tag == "details"] == [
         {"open": None}, {}, {"open": None},
     ]  # fmt: skip
     positions = [str(site) for site in table]
-    order = ["layers.0.resid_pre", "layers.0.attn_in", "layers.0.attn", "layers.0.attn_out",
-             "layers.0.resid_mid", "layers.0.mlp_in", "layers.0.mlp", "layers.0.mlp_out",
+    order = ["layers.0.resid_pre", "layers.0.attn_unit", "layers.0.attn_in", "layers.0.attn_z",
+             "layers.0.attn", "layers.0.attn_out", "layers.0.resid_mid", "layers.0.mlp_unit",
+             "layers.0.mlp_in", "layers.0.mlp", "layers.0.mlp_out",
              "layers.0.resid_post", "layers.1.resid_pre", "model.norm",
              "__model_output__"]  # fmt: skip
     assert sorted(order, key=positions.index) == order

@@ -34,7 +34,7 @@ def test_names_are_the_paths_of_modules_in_call_order(model):
     with model.trace(TOKENS) as trace:
         pass
     names = list(trace.activations)
-    assert len(names) == 3 * 13 + 5
+    assert len(names) == 3 * 14 + 5
     assert names[0] == "model.model.embed_tokens"
     assert names[-1] == "__model_output__"
     assert names.index("model.model.layers.1.self_attn.q_proj") < names.index(

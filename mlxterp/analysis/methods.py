@@ -18,14 +18,22 @@ from mlxterp.analysis import (
 )
 from mlxterp.analysis import logit_lens as lenses
 from mlxterp.analysis import tuned_lens as tuned
+from mlxterp.analysis.contrasts import Method as VectorMethod
 from mlxterp.analysis.grid import Components, Layers
 from mlxterp.analysis.lens_training import train_tuned_lens
 from mlxterp.analysis.logit_attribution import Token, logit_attribution
 from mlxterp.analysis.logit_parts import LogitParts
 from mlxterp.analysis.metrics import Measure
 from mlxterp.analysis.patching_result import PatchingResult, drawn
+from mlxterp.analysis.probe_data import Place
+from mlxterp.analysis.probe_fits import Method as ProbeMethod
+from mlxterp.analysis.probe_layers import LayerProbes, probe_layers
+from mlxterp.analysis.probes import Probe, train_probe
+from mlxterp.analysis.site_rows import Position
 from mlxterp.analysis.source import Readable
+from mlxterp.analysis.steering_vectors import SteeringVector, steering_vector
 from mlxterp.sae.coder import SparseCoder
+from mlxterp.sites import Site
 
 
 class AnalysisMethods:
@@ -193,3 +201,49 @@ class AnalysisMethods:
         return causal_tracing.causal_tracing(
             self, text, subject, component, layers, metric, **options
         )
+
+    def steering_vector(
+        self: Readable,
+        positive: Iterable[Any],
+        negative: Iterable[Any],
+        layer: int | str | Site,
+        component: str | None = None,
+        position: Position = -1,
+        method: VectorMethod = "mean",
+        seed: int = 0,
+    ) -> SteeringVector:
+        """The direction from the activations of negative prompts to those of positive ones; see
+        `steering_vectors.steering_vector`."""
+        return steering_vector(self, positive, negative, layer, component, position, method, seed)
+
+    def train_probe(
+        self: Readable,
+        texts: Iterable[Any],
+        labels: Iterable[Any],
+        layer: int | str | Site,
+        component: str | None = None,
+        position: Place = -1,
+        method: ProbeMethod = "logistic",
+        test_split: float = 0.25,
+        seed: int = 0,
+        *,
+        l2: float = 1.0,
+    ) -> Probe:
+        """A linear classifier of labels by the activations at a site, judged on held-out texts; see
+        `probes.train_probe`."""
+        return train_probe(
+            self, texts, labels, layer, component, position, method, test_split, seed, l2=l2
+        )
+
+    def probe_layers(
+        self: Readable,
+        texts: Iterable[Any],
+        labels: Iterable[Any],
+        layers: Iterable[int] | None = None,
+        component: str | None = None,
+        position: Place = -1,
+        method: ProbeMethod = "logistic",
+        **options: Any,
+    ) -> LayerProbes:
+        """A probe of each layer, of the same texts; see `probe_layers.probe_layers`."""
+        return probe_layers(self, texts, labels, layers, component, position, method, **options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from collections.abc import Iterable
 from pathlib import Path
@@ -42,7 +41,7 @@ def demo(arguments: Namespace) -> None:
     sae = model.train_sae(
         layer=2, component="residual", dataset=dataset, save_path=arguments.save_path
     )
-    print(sae, *sae.evaluate(), sep="\n")
+    print(sae.evaluate())
     data = sae.collect(max_tokens=200_000)
     for feature_id in data.clearest(3):
         print(f"\n{sae.visualize_feature(feature_id, top_k=4)}")
@@ -66,7 +65,7 @@ def train(arguments: Namespace) -> None:
         resume=arguments.resume,
         **given_settings(arguments),
     )
-    print(coder, *_known(coder.evaluate()), sep="\n")
+    print(coder.evaluate())
     if coder.path is not None:
         print(f"saved at {coder.path}")
 
@@ -84,16 +83,20 @@ def harvest(arguments: Namespace) -> None:
 
 
 def evaluate(arguments: Namespace) -> None:
-    """Measure a coder: FVU, L0, dead features, and the model's loss with it in place."""
+    """Measure a coder: fidelity, sparsity, and the model's loss with it in place; or by tasks."""
     coder, model = _coder(arguments)
-    _needed(arguments, "data")
     sites = list(coder.reads.union(coder.writes).names)
-    found = coder.evaluate(dataset=_dataset(arguments, model, sites))
-    print(coder, *_known(found), sep="\n")
+    if arguments.tasks is not None:
+        data = None if arguments.data is None else _dataset(arguments, model, sites)
+        found = coder.benchmark(arguments.tasks, dataset=data)
+    else:
+        _needed(arguments, "data")
+        found = coder.evaluate(
+            dataset=_dataset(arguments, model, sites), max_tokens=arguments.max_tokens
+        )
+    print(found)
     if arguments.json is not None:
-        parts = dict(zip(("fidelity", "loss"), found, strict=True))
-        values = {name: part.to_dict() for name, part in parts.items() if part is not None}
-        Path(arguments.json).write_text(json.dumps(values, indent=2), encoding="utf-8")
+        found.to_json(arguments.json, schema=arguments.schema)
 
 
 def analyze(arguments: Namespace) -> None:
@@ -139,14 +142,29 @@ def dashboard(arguments: Namespace) -> None:
     made.wait()
 
 
+def push(arguments: Namespace) -> None:
+    """Upload a coder to the Hugging Face Hub, with a model card."""
+    if None in (arguments.path, arguments.repo):
+        raise ValueError("Give the directory of a coder, and user/name.")
+    names = ("private", "revision", "subfolder", "license", "commit_message", "features", "card")
+    options = {name: getattr(arguments, name) for name in names}
+    print(load_sae(arguments.path).push_to_hub(arguments.repo, **options))
+
+
+def convert(arguments: Namespace) -> None:
+    """Turn a coder of another library into one of mlxterp, or one of mlxterp into another's."""
+    _needed(arguments, "source", "target")
+    coder = load_sae(arguments.source, arguments.site, arguments.source_format)
+    ours = arguments.format == "mlxterp"
+    target = arguments.target
+    path = coder.save(target) if ours else coder.export(arguments.format, target)
+    print(coder, f"saved at {path}", sep="\n")
+
+
 def _needed(arguments: Namespace, *names: str) -> None:
     missing = [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name) is None]
     if missing:
         raise ValueError(f"{', '.join(missing)} must be given, as a flag or in the config.")
-
-
-def _known(parts: Iterable[Any]) -> list[Any]:
-    return [part for part in parts if part is not None]
 
 
 def _model(name: str) -> InterpretableModel:
@@ -201,9 +219,10 @@ def _dataset(
 def _coder(arguments: Namespace) -> tuple[BaseSAE, InterpretableModel]:
     """The coder at a path, bound to the model that is named, or to the one that it is of."""
     if arguments.path is None:
-        raise ValueError("Give the directory of a coder.")
-    name = arguments.model or load_sae(arguments.path).metadata.model.get("name")
+        raise ValueError("Give the directory of a coder, or its name on the Hub.")
+    where = {"revision": arguments.revision, "subfolder": arguments.subfolder}
+    name = arguments.model or load_sae(arguments.path, **where).metadata.model.get("name")
     if not name:
         raise ValueError(f"{arguments.path} does not say of which model it is: give --model.")
     model = _model(name)
-    return model.load_sae(arguments.path), model
+    return model.load_sae(arguments.path, **where), model

@@ -6,10 +6,15 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from mlxterp.cli import commands
 from mlxterp.cli.settings import add_settings
+from mlxterp.sae.evals.evaluating import MAX_TOKENS
+from mlxterp.sae.evals.schemas import Schema
+from mlxterp.sae.evals.tasks.benchmarks import TASKS
+from mlxterp.sae.formats.reading import known_formats
+from mlxterp.sae.formats.writing import writable_formats
 from mlxterp.version import __version__
 
 KINDS = ("sae", "transcoder", "crosscoder", "cross_layer_transcoder")
@@ -87,7 +92,19 @@ def _add_harvest(parser: argparse.ArgumentParser) -> None:
 def _add_eval(parser: argparse.ArgumentParser) -> None:
     _add_coder(parser)
     _add_data(parser)
-    parser.add_argument("--json", help="a file for the figures")
+    parser.add_argument("--json", help="a file for the report")
+    parser.add_argument(
+        "--schema", choices=get_args(Schema), default="mlxterp", help="whose shape the file has"
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, default=MAX_TOKENS, help="that are measured, at random (100,000)"
+    )
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        choices=TASKS,
+        help="run these in place of the report; all but autointerp need no --data",
+    )
 
 
 def _add_analyze(parser: argparse.ArgumentParser) -> None:
@@ -108,6 +125,14 @@ def _add_dashboard(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save", help="write one offline HTML file and start no server")
 
 
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", nargs="?", help="a coder: a file, a directory, or a Hub name")
+    parser.add_argument("target", nargs="?", help="where the new one goes")
+    parser.add_argument("--format", choices=("mlxterp", *writable_formats()), default="mlxterp")
+    parser.add_argument("--source-format", choices=known_formats(), help="if not recognised")
+    parser.add_argument("--site", help="where the source does not say it: layers.8.resid_post")
+
+
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="a Hugging Face name or a path; `demo`: the bundled model")
 
@@ -121,8 +146,26 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_coder(parser: argparse.ArgumentParser, what: str = "the directory of a coder") -> None:
-    parser.add_argument("path", nargs="?", help=what)
+    parser.add_argument("path", nargs="?", help=f"{what}, or a coder's name on the Hub, user/name")
+    parser.add_argument("--revision", help="a branch, tag or commit on the Hub")
+    parser.add_argument("--subfolder", help="of the coder, where there are several on the Hub")
     _add_model(parser)
+
+
+def _add_push(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", nargs="?", help="the directory of a coder")
+    parser.add_argument("repo", nargs="?", help="where it goes to on the Hub, user/name")
+    parser.add_argument("--private", action="store_true", default=None, help="make it private")
+    parser.add_argument("--revision", help="a branch; it is made where there is none")
+    parser.add_argument("--subfolder", help="to keep several coders in one repository")
+    parser.add_argument("--license", help="an identifier of the Hub's, such as mit")
+    parser.add_argument("--commit-message", help="what the commit is called")
+    parser.add_argument(
+        "--features", action="store_true", help="also what was collected, with text of its data"
+    )
+    parser.add_argument(
+        "--card", action=argparse.BooleanOptionalAction, default=True, help="write a model card"
+    )
 
 
 _COMMANDS = {
@@ -132,6 +175,8 @@ _COMMANDS = {
     "eval": (commands.evaluate, _add_eval),
     "analyze": (commands.analyze, _add_analyze),
     "dashboard": (commands.dashboard, _add_dashboard),
+    "convert": (commands.convert, _add_convert),
+    "push": (commands.push, _add_push),
 }
 
 

@@ -11,6 +11,7 @@ from mlxterp.sae.config import CrosscoderConfig, CrossLayerConfig, SAEConfig, Tr
 from mlxterp.sae.cross_layer import CrossLayerTrainer, CrossLayerTranscoder
 from mlxterp.sae.crosscoder import Crosscoder, CrosscoderTrainer
 from mlxterp.sae.dataset import ActivationDataset
+from mlxterp.sae.evals.comparing import compare
 from mlxterp.sae.loggers import JSONLLogger, TensorBoardLogger, TrackioLogger, WandbLogger
 from mlxterp.sae.model_pair import ModelPair
 from mlxterp.sae.sae import SAE, SAETrainer
@@ -43,6 +44,7 @@ __all__ = [
     "TranscoderConfig",
     "TranscoderTrainer",
     "WandbLogger",
+    "compare",
     "find_attribution_graph",
     "find_behavior_circuit",
     "find_feature_circuits",

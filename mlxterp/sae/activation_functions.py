@@ -139,6 +139,20 @@ class AbsTopK(TopK):
         return top_k(mx.abs(rows), self.k)
 
 
+class GroupMax(TopK):
+    """Keep the largest pre-activation of each of `k` groups of neighbouring features, if positive.
+
+        z_i = max(pre_i, 0) if pre_i is the largest of its n_features / k, else 0
+
+    As sparsify has it; such coders are read and used, not trained.
+    """
+
+    def _largest(self, rows: mx.array) -> mx.array:
+        size = rows.shape[-1] // self.k
+        best = rows.reshape(-1, self.k, size).argmax(axis=-1)
+        return best + mx.arange(self.k, dtype=best.dtype) * size
+
+
 class BatchTopK(TopK):
     """Keep the `k * batch` largest pre-activations of a whole batch, so that tokens may differ.
 
@@ -322,10 +336,12 @@ ACTIVATION_FUNCTIONS: dict[str, type[ActivationFunction]] = {
     "relu": ReLU,
     "topk": TopK,
 }
+NOT_TRAINED: dict[str, type[ActivationFunction]] = {"groupmax": GroupMax}
+_ALL = ACTIVATION_FUNCTIONS | NOT_TRAINED
 
 
 def _name_of(function: ActivationFunction) -> str:
-    return next(name for name, kind in ACTIVATION_FUNCTIONS.items() if type(function) is kind)
+    return next(name for name, kind in _ALL.items() if type(function) is kind)
 
 
 def make_activation_function(
@@ -334,18 +350,18 @@ def make_activation_function(
     """The named function; those that select keep `k` of the features of each block.
 
     Raises `ValueError` for an unknown name, for a `k` outside `[1, features of a block]`, and where
-    the blocks would not be equally large.
+    the blocks, or the groups of `groupmax`, would not be equally large.
     """
-    if name not in ACTIVATION_FUNCTIONS:
-        raise ValueError(
-            f"activation_function must be one of {sorted(ACTIVATION_FUNCTIONS)}, got {name!r}."
-        )
-    kind: Any = ACTIVATION_FUNCTIONS[name]
+    if name not in _ALL:
+        raise ValueError(f"activation_function must be one of {sorted(_ALL)}, got {name!r}.")
+    kind: Any = _ALL[name]
     if n_features % n_blocks:
         raise ValueError(f"n_features must be a multiple of {n_blocks}, got {n_features}.")
     if kind.selects:
         n = n_features // n_blocks
         if k is None or k != int(k) or not 1 <= k <= n:
             raise ValueError(f"k must be in [1, n_features = {n}], got {k}.")
+        if kind is GroupMax and n % k:
+            raise ValueError(f"k of groupmax must divide n_features = {n}, got {k}.")
         return kind(int(k), n_blocks)
     return kind() if kind is ReLU else kind(n_features)

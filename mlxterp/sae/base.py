@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from mlxterp.sae import evals
+from mlxterp.sae import hub
 from mlxterp.sae.bound import FEATURES
 from mlxterp.sae.coder import MARKER, Columns
+from mlxterp.sae.compatibility import Compatibility, compatibility
 from mlxterp.sae.config import SAEConfig
 from mlxterp.sae.dataset import ActivationDataset
+from mlxterp.sae.evals.evaluating import evaluate
+from mlxterp.sae.evals.report import Evaluation
+from mlxterp.sae.evals.tasks.benchmarks import TASKS, Benchmarks, Task, benchmark
 from mlxterp.sae.files import write_directory
+from mlxterp.sae.formats.parts import Parts
+from mlxterp.sae.formats.writing import write_foreign
+from mlxterp.sae.hub_card import model_card
 from mlxterp.sae.labels.labels import LABELS_FILE
-from mlxterp.sae.metadata import Compatibility, compatibility, training_facts
+from mlxterp.sae.metadata import training_facts
 from mlxterp.sae.methods import CoderMethods
 from mlxterp.sae.source import ActivationSource
 from mlxterp.sae.visualization import fragment
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONFIG_FILE = "config.json"
 SITES_AT_ONCE = 4  # that a notebook shows unasked
 
@@ -45,19 +52,36 @@ class BaseSAE(CoderMethods):
 
     def evaluate(
         self,
-        *,
         model: ActivationSource | None = None,
-        dataset: Iterable[str] | ActivationDataset | None = None,
-    ) -> tuple[evals.Fidelity, evals.LossRecovered | None]:
-        """FVU, L0 and firing rates, and the language model's loss with the coder spliced in.
+        dataset: Iterable[Any] | ActivationDataset | None = None,
+        **options: Any,
+    ) -> Evaluation:
+        """Fidelity, sparsity and, of texts, the language model's loss with the coder spliced in,
+        each with its spread and its control, as one report; see `evaluating.evaluate`.
 
         Without a `dataset` the data held out in training serve, in the session of the training.
-        For data that are arrays and not texts the second result is `None`.
         """
         data = self._as_dataset(model, dataset, self._held_out)
-        if data.corpus is None or data.source is None:
-            return evals.fidelity(self, data), None
-        return evals.fidelity(self, data), evals.loss_recovered(self, data)
+        return evaluate([self], data, **options)[0]
+
+    def benchmark(
+        self,
+        tasks: Sequence[Task] = TASKS,
+        *,
+        model: ActivationSource | None = None,
+        dataset: Iterable[Any] | ActivationDataset | None = None,
+        **options: Any,
+    ) -> Benchmarks:
+        """Sparse probing, absorption, probe perturbation, scores of labels and more, each beside
+        what chance has; see `benchmarks.benchmark`.
+
+        Labels are of what `collect` found or finds in the `dataset`; the other tasks bring their
+        own text. What cannot be asked of this coder or model is left out, and the result says why.
+        """
+        source = self._source if model is None else model
+        return benchmark(
+            self, source, tasks, data=lambda: self._collected(model, dataset), **options
+        )
 
     def is_compatible(
         self, model: ActivationSource, layer: Any = None, component: str | None = None
@@ -74,6 +98,7 @@ class BaseSAE(CoderMethods):
             "writes": self.writes.to_list(),
             "n_features": self.n_features,
             "skip": self.has_skip,
+            "token_norm": self.token_norm,
             "activation_function": {
                 "activation_function": self.activation_name,
                 **self.activation_function.options,
@@ -89,8 +114,10 @@ class BaseSAE(CoderMethods):
             ("features", f"{self.n_features:,}"),
             ("activation function", self.activation_name + k),
             *[("skip connection", "yes")] * self.has_skip,
+            *[("norm of a token", self.token_norm)] * (self.token_norm != "none"),
             *training_facts(self.statistics.training, self.statistics.validation),
             *[("model", str(name)) for name in [self.metadata.model.get("name")] if name],
+            *[("format", str(name)) for name in [self.metadata.source.get("format")] if name],
             *[("labels", f"{len(self.labels):,}")] * bool(self.labels),
         ]
         listed = [(str(site["site"]), f"width {site['width']}") for site in sites]
@@ -107,19 +134,40 @@ class BaseSAE(CoderMethods):
         An older coder there is replaced whole, labels included; raises `ValueError` where
         something else is there.
         """
+        self.path = write_directory(path, self._contents(), marker=MARKER)
+        self.labels.path = self.path / LABELS_FILE
+        return self.path
+
+    def _contents(self, features: bool = True) -> dict[str, Any]:
+        """All files of a saved coder by their names, with what was collected or without."""
         contents: dict[str, Any] = {
             CONFIG_FILE: self.to_config(),
             "statistics.json": self.statistics.to_dict(),
             "metadata.json": self.metadata.to_dict(),
         }
         contents |= self.array_files()
-        if self.features is not None:
+        if features and self.features is not None:
             contents |= {f"{FEATURES}/{name}": part for name, part in self.features.files.items()}
         if self.labels:
             contents[LABELS_FILE] = self.labels.to_dict()
-        self.path = write_directory(path, contents, marker=MARKER)
-        self.labels.path = self.path / LABELS_FILE
-        return self.path
+        return contents
+
+    def push_to_hub(self, repo: str, *, features: bool = False, **options: Any) -> str:
+        """Upload the coder to `user/name` on the Hugging Face Hub, with a model card, and return
+        the address of the commit; with `features` also what `collect` found, which holds text of
+        the dataset. `private=True` makes a new repository private; see `hub.push` for the rest.
+        """
+        return hub.push(self, self._contents(features), repo, **options)
+
+    def model_card(self, repo: str, **options: Any) -> str:
+        """The text of the model card that `push_to_hub` writes; see `hub_card.model_card`."""
+        return model_card(self, repo, **options)
+
+    def export(self, format: str, path: str | Path) -> Path:
+        """Write the coder as a file of another library, `"saelens"` or `"sparsify"`, and return its
+        path; raises `ValueError` for what that cannot express."""
+        rates = self.statistics.firing_rates
+        return write_foreign(Parts.of(self, self.kind, self.metadata, rates), format, path)
 
 
 def _listed(columns: Columns) -> str:

@@ -105,6 +105,13 @@ class BoundCoder(SparseCoder):
             self._labels = FeatureLabels.of_coder(self.path, self.n_features)
         return self._labels
 
+    def detach(self) -> None:
+        """Forget where the coder is saved: labels and what is collected stay with it from now on,
+        and go to a disk with the next `save`."""
+        known = self.features, self.labels
+        self.path, (self._features, self._labels) = None, known
+        self.labels.path = None
+
     def _as_dataset(
         self,
         model: ActivationSource | None,

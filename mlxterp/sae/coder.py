@@ -12,6 +12,7 @@ import numpy as np
 
 from mlxterp.sae.activation_functions import make_activation_function
 from mlxterp.sae.kernels import joined
+from mlxterp.sae.token_norms import TOKEN_NORMS, normalise, shift_and_scale
 
 # By this file a saved coder is known; a `config.json` is in many directories, such as a model's.
 MARKER = "encoder_bias.safetensors"
@@ -117,6 +118,15 @@ class SparseCoder(nn.Module):
 
     Rows of `W_enc` `[n_features, d_in]` and of `W_dec` `[n_features, d_out]` belong to features.
 
+    `token_norm` is how every token is normalised before it is encoded, by its own numbers alone:
+
+        layer_norm   (x - mean(x)) / (std(x) + 1e-5)     with the unbiased standard deviation
+        rescale      x * sqrt(d_in) / |x|
+
+    Where the coder writes the site that it reads, the reconstruction is scaled back:
+    `y' * std(x) + mean(x)`, or `y' * |x| / sqrt(d_in)`. Coders of ours have none; those of some
+    other libraries do. Raises `ValueError` for another one, and where several sites are read.
+
     In a coder of several `blocks` the features of each read and write some of the columns only, and
     the activation function selects within a block. Of both matrices only these columns are stored:
     `W_enc` is `[n_features, columns that a block reads]`, and `W_dec` has one row for every feature
@@ -131,8 +141,13 @@ class SparseCoder(nn.Module):
         activation_function: str = "topk",
         k: int | None = 100,
         skip: bool = False,
+        token_norm: str = "none",
     ):
         super().__init__()
+        if token_norm not in TOKEN_NORMS:
+            raise ValueError(f"token_norm must be one of {TOKEN_NORMS}, got {token_norm!r}.")
+        if token_norm != "none" and len(reads.names) > 1:
+            raise ValueError(f"token_norm is for coders that read one site, got {reads}.")
         self.reads = reads
         self.writes = writes
         blocks = self.make_blocks(n_features)
@@ -149,6 +164,7 @@ class SparseCoder(nn.Module):
             self.site_scale = mx.ones((len(writes.names),))
         self.activation_name = activation_function
         self.activation_function = function
+        self.token_norm = token_norm
 
     def make_blocks(self, n_features: int) -> tuple[Block, ...]:
         """The blocks of that many features; one, which reads and writes everything."""
@@ -250,9 +266,16 @@ class SparseCoder(nn.Module):
             )
         return x.astype(self.W_enc.dtype)
 
+    @property
+    def scales_back(self) -> bool:
+        """Whether a reconstruction depends on the token that was read, besides its code."""
+        return self.token_norm != "none" and self.reads == self.writes
+
     def pre_activations(self, x: mx.array | Mapping[str, mx.array]) -> mx.array:
-        """`x @ W_enc.T + b_enc`, `[..., n_features]`."""
-        x, parts = self._joined(x), (self.of_blocks(self.W_enc), self.of_blocks(self.b_enc))
+        """`x @ W_enc.T + b_enc`, `[..., n_features]`, of normalised tokens where there is a
+        `token_norm`."""
+        parts = self.of_blocks(self.W_enc), self.of_blocks(self.b_enc)
+        x = normalise(self.token_norm, self._joined(x))
         pre = [
             mx.addmm(b, x[..., block.reads], W.T)
             for block, W, b in zip(self.blocks, *parts, strict=True)
@@ -270,12 +293,18 @@ class SparseCoder(nn.Module):
         """The code `[..., its features]` of a block from the columns that it reads."""
         block = self.blocks[i]
         W_enc, b_enc = self.W_enc[block.features], self.b_enc[block.features]
-        pre = mx.addmm(b_enc, x.astype(W_enc.dtype), W_enc.T)
+        pre = mx.addmm(b_enc, normalise(self.token_norm, x.astype(W_enc.dtype)), W_enc.T)
         return self.activation_function.of_block(i, block.features)(pre)
 
-    def decode(self, z: mx.array) -> mx.array:
+    def decode(
+        self, z: mx.array, like: mx.array | Mapping[str, mx.array] | None = None
+    ) -> mx.array:
         """The reconstruction `[..., d_out]` of a code `[..., n_features]`, without what a skip
-        connection adds."""
+        connection adds.
+
+        A coder with a `token_norm` that is scaled back needs `like`, the tokens `[..., d_in]` that
+        were encoded, as their code does not know their size; raises `ValueError` without.
+        """
         z = mx.array(z)
         if z.ndim == 0 or z.shape[-1] != self.n_features:
             raise ValueError(
@@ -285,7 +314,21 @@ class SparseCoder(nn.Module):
             self.in_place(z[..., block.features] @ W_dec, block)
             for block, W_dec in zip(self.blocks, self.decoder_blocks(), strict=True)
         ]
-        return sum(parts[1:], parts[0]) + self.b_dec
+        y_hat = sum(parts[1:], parts[0]) + self.b_dec
+        if not self.scales_back:
+            return y_hat
+        if like is None:
+            raise ValueError(
+                f"This coder normalises every token (token_norm={self.token_norm!r}), so a code "
+                "alone has no size: pass what was encoded, decode(z, like=activation)."
+            )
+        shift, scale = self.token_scale(like)
+        return y_hat * scale + shift
+
+    def token_scale(self, x: mx.array | Mapping[str, mx.array]) -> tuple[mx.array, mx.array]:
+        """The shift and the scale `[..., 1]` of tokens, by which their reconstruction is scaled
+        back: 0 and 1 where it is not."""
+        return shift_and_scale(self.token_norm if self.scales_back else "none", self._joined(x))
 
     def in_place(self, written: mx.array, block: Block) -> mx.array:
         """What a block writes, `[..., its columns]`, among all columns `[..., d_out]`."""
@@ -297,7 +340,7 @@ class SparseCoder(nn.Module):
     def __call__(self, x: mx.array | Mapping[str, mx.array]) -> mx.array:
         """The reconstruction `[..., d_out]` of what is written, from what is read."""
         x = self._joined(x)
-        y_hat = self.decode(self.encode(x))
+        y_hat = self.decode(self.encode(x), like=x)
         return y_hat + x @ self.W_skip.T if self.has_skip else y_hat
 
     def array_files(self) -> dict[str, dict[str, mx.array]]:
@@ -322,7 +365,8 @@ class SparseCoder(nn.Module):
         k = "" if self.k is None else f", k={self.k}"
         return (
             f"{type(self).__name__}({sites}, {width}, n_features={self.n_features}, "
-            f"{self.activation_name}{k}{', skip' if self.has_skip else ''})"
+            f"{self.activation_name}{k}{', skip' if self.has_skip else ''}"
+            f"{'' if self.token_norm == 'none' else f', {self.token_norm}'})"
         )
 
 
@@ -332,6 +376,16 @@ def check_feature(coder: SparseCoder, feature_id: int) -> int:
     if not whole or not 0 <= feature_id < coder.n_features:
         raise ValueError(f"feature_id must be in [0, {coder.n_features - 1}], got {feature_id!r}.")
     return int(feature_id)
+
+
+def check_sized(coder: SparseCoder, what: str) -> None:
+    """Raises `ValueError` for a coder that normalises tokens: `what` takes the value of a feature
+    for what the model has."""
+    if coder.token_norm != "none":
+        raise ValueError(
+            f"{what} needs a coder that takes activations as they are; this one normalises every "
+            f"token (token_norm={coder.token_norm!r})."
+        )
 
 
 def _listed(names: tuple[str, ...]) -> str:

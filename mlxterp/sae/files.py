@@ -31,11 +31,11 @@ def write_directory(
     """Write `{file name: arrays or JSON value}` as a directory that appears complete or not at all.
     A name may be that of a file in a directory of it.
 
-    Arrays go to safetensors, everything else to JSON; all of it has reached the disk when this
-    returns. With `checksums` one more file notes the CRC-32 of each, for `verify`. An older
-    directory is replaced if it holds a file named `marker`. Raises `ValueError` where something
-    else is in the way, and `OSError` naming the bytes needed and free where writing fails; what was
-    at `path` is then still there.
+    Arrays go to safetensors, bytes as they are, everything else to JSON; all of it has reached the
+    disk when this returns. With `checksums` one more file notes the CRC-32 of each, for `verify`.
+    An older directory is replaced if it holds a file named `marker`. Raises `ValueError` where
+    something else is in the way, and `OSError` naming the bytes needed and free where writing
+    fails; what was at `path` is then still there.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -132,14 +132,14 @@ def _write_files(directory: Path, contents: Contents, checksums: bool) -> None:
 
 
 def write_file(path: Path, content: Any) -> int:
-    """Write arrays or a JSON value to a new file, synced; its CRC-32."""
+    """Write arrays, bytes or a JSON value to a new file, synced; its CRC-32."""
     with _CheckedFile(io.FileIO(path, "xb")) as file:
         if path.suffix == ".safetensors":
             # Through a file of our own: where the disk is full, that raises an `OSError`.
             writable: Any = file
             mx.save_safetensors(writable, dict(content))
         else:
-            file.write(_to_json(content))
+            file.write(content if isinstance(content, bytes) else _to_json(content))
     sync(path)
     return file.checksum
 
@@ -153,6 +153,11 @@ def write_text(path: str | Path, text: str) -> Path:
 def write_json(path: str | Path, value: Any) -> Path:
     """Write a JSON value to a file, as `write_text` does."""
     return _replaced(path, _to_json(value))
+
+
+def write_bytes(path: str | Path, content: bytes) -> Path:
+    """Write bytes to a file, as `write_text` does."""
+    return _replaced(path, content)
 
 
 def _replaced(path: str | Path, content: bytes) -> Path:
@@ -199,7 +204,7 @@ def _size(contents: Contents) -> int:
     return sum(
         sum(array.nbytes for array in content.values())
         if name.endswith(".safetensors")
-        else len(_to_json(content))
+        else len(content if isinstance(content, bytes) else _to_json(content))
         for name, content in contents.items()
     )
 
@@ -239,14 +244,19 @@ def read_json(path: Path, required: tuple[str, ...] = ()) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} is missing.") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}.") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold an object, not {type(content).__name__}.")
+    check_keys(path, content, required)
+    return content
+
+
+def check_keys(path: Path, content: Mapping[str, Any], required: tuple[str, ...]) -> None:
+    """Raises `ValueError` for a key that a file does not have."""
     for key in required:
         if key not in content:
             raise ValueError(f"{path} has no key {key!r}.")
-    return content
 
 
 def read_arrays(

@@ -174,4 +174,4 @@ def _facts(source: ActivationSource | None) -> dict[str, Any]:
     if source is None:
         return {}
     facts = {name: getattr(source, name, None) for name in ("name", "n_layers", "d_model")}
-    return {**facts, "fingerprint": source.fingerprint}
+    return {**facts, **getattr(source, "precision", {}), "fingerprint": source.fingerprint}

@@ -1,4 +1,4 @@
-"""Where a coder comes from, what training measured, and whether it fits a model."""
+"""Where a coder comes from, and what training measured."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 
 from mlxterp.sae import visualization
-from mlxterp.sae.coder import SparseCoder
-from mlxterp.sae.source import ActivationSource, find_site
 
 
 @dataclass(frozen=True)
@@ -18,12 +16,15 @@ class Metadata:
     """Where a coder comes from: plain values, saved with it as `metadata.json`."""
 
     model: dict[str, Any] = field(default_factory=dict)
-    """`name`, `fingerprint`, `n_layers` and `d_model` of the language model."""
+    """`name`, `fingerprint`, `n_layers` and `d_model` of the language model, the type `dtype` of its
+    weights, and how they are quantised, `quantization`."""
     data: dict[str, Any] = field(default_factory=dict)
     """Number of tokens and documents, and the context length, of training and validation."""
     config: dict[str, Any] = field(default_factory=dict)
     """The training configuration."""
     library_version: str = ""
+    source: dict[str, Any] = field(default_factory=dict)
+    """`format`, and what a file of another library says beside; empty for a coder of ours."""
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as plain values."""
@@ -85,50 +86,3 @@ def training_facts(
         own = held.get(key) if key != "dead" else None
         facts.append((name, shown if own is None else f"{shown}, held out {own:{form}}"))
     return facts
-
-
-@dataclass(frozen=True)
-class Compatibility:
-    """Whether a coder fits a model and a site: true or false, and why not."""
-
-    reasons: tuple[str, ...]
-
-    def __bool__(self) -> bool:
-        return not self.reasons
-
-    def __repr__(self) -> str:
-        return "compatible" if self else "not compatible: " + "; ".join(self.reasons)
-
-
-def compatibility(
-    coder: SparseCoder,
-    metadata: Metadata,
-    model: ActivationSource,
-    layer: Any = None,
-    component: str | None = None,
-) -> Compatibility:
-    """Whether a coder fits a model, and the site if one is named."""
-    if layer is None and component is not None:
-        raise ValueError(f"component={component!r} says nothing without layer=...")
-    reasons = []
-    columns = coder.reads.union(coder.writes)
-    for name, width in zip(columns.names, columns.widths, strict=True):
-        try:
-            found = model.width(name)
-        except ValueError as error:
-            reasons.append(str(error))
-        else:
-            if found != width:
-                reasons.append(f"{name} has width {found} in the model, {width} in the coder")
-    trained_on = metadata.model.get("fingerprint")
-    if trained_on is not None and trained_on != model.fingerprint:
-        reasons.append(f"it was trained on other weights ({metadata.model.get('name')})")
-    if layer is not None:
-        try:
-            site = str(find_site(model, layer, component))
-        except ValueError as error:
-            reasons.append(str(error))
-        else:
-            if site not in columns.names:
-                reasons.append(f"it is of {', '.join(columns.names)}, not of {site}")
-    return Compatibility(tuple(reasons))

@@ -13,8 +13,9 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlxterp.sae.activation_functions import NOT_TRAINED
 from mlxterp.sae.callbacks import Callback, RunInfo, StopTraining
-from mlxterp.sae.coder import SparseCoder
+from mlxterp.sae.coder import SparseCoder, check_sized
 from mlxterp.sae.config import SAEConfig
 from mlxterp.sae.dataset import ActivationDataset
 from mlxterp.sae.dead_features import (
@@ -25,7 +26,7 @@ from mlxterp.sae.dead_features import (
     resample,
     rows_to_revive,
 )
-from mlxterp.sae.evals import fidelity
+from mlxterp.sae.evals.fidelity import fidelity
 from mlxterp.sae.initialization import Normalisation, balanced_norms, fold, initial_params
 from mlxterp.sae.objective import Objective
 from mlxterp.sae.parallel import UNDIVIDED, Undivided
@@ -79,6 +80,9 @@ class Run:
         name: str = "",
         division: Undivided = UNDIVIDED,
     ):
+        check_sized(coder, "Training")
+        if coder.activation_name in NOT_TRAINED:
+            raise ValueError(f"Coders with {coder.activation_name} are used, not trained.")
         self.config, self.coder, self.plan = config, coder, plan
         self.dataset, self.validation = dataset, validation
         self.callbacks = tuple(callbacks) if division.is_first else ()

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from mlxterp.sae.caching import Cache
 from mlxterp.sae.coder import Columns
 from mlxterp.sae.corpus import Corpus
-from mlxterp.sae.harvest import NormLimits, harvest
+from mlxterp.sae.harvest import Harvest, NormLimits, harvest
 from mlxterp.sae.shards import DamagedShard, Rows
 from mlxterp.sae.shuffle import Order, Span, ahead, shuffle_buffer, spans_of
 from mlxterp.sae.source import ActivationSource
@@ -184,6 +184,18 @@ class Activations:
     def _capacity(self) -> int:
         """Rows in the buffer that mixes what is computed again."""
         return max(1, self.buffer_bytes // (4 * self.columns.width)) if self.shuffle else 1
+
+    def harvest(self, corpus: Corpus) -> Iterator[Harvest]:
+        """Activations of contexts of the dataset's corpus, made by its model one after another,
+        with the positions of their tokens; without those that the dataset leaves out."""
+        if self.source is None:
+            raise ValueError("Texts can be run only by a dataset that knows its language model.")
+        outliers, limits = self._outliers, None
+        if self._cache is not None:
+            outliers = self._cache.outlier_norm, self._cache.drop_outliers
+        if outliers is not None and outliers[1] and self.corpus is not None:
+            limits = NormLimits.measure(self.source, self.corpus, self.columns, *outliers)
+        return harvest(self.source, corpus, self.columns, np.arange(len(corpus)), limits)
 
     @cached_property
     def _limits(self) -> NormLimits | None:

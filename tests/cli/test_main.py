@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 from pydoc_data.topics import topics
 from urllib.request import urlopen
 
@@ -13,6 +14,7 @@ from mlxterp import InterpretableModel
 from mlxterp.cli.main import main, make_parser
 from mlxterp.sae import SAEConfig, load_sae
 from mlxterp.sae.dashboard.dashboard import Dashboard
+from mlxterp.sae.evals.tasks.builtin_sets import builtin_sets
 from mlxterp.version import __version__
 
 QUICK = ["--model", "demo", "--num-epochs", "1", "--k", "8", "--expansion-factor", "2"]
@@ -80,7 +82,7 @@ def test_a_file_holds_flags_and_those_that_are_given_go_before_it(corpus, tmp_pa
     config = load_sae(path).metadata.config
     assert (config["k"], config["learning_rate"], config["tied_weights"]) == (6, 1e-3, True)
     assert config["matryoshka_prefixes"] == [0.25, 0.5]
-    assert "Fidelity" in capsys.readouterr().out
+    assert "explained variance" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -122,8 +124,32 @@ def test_a_coder_is_measured(coder, corpus, tmp_path, capsys):
     file = tmp_path / "figures.json"
     assert main(["eval", str(coder), "--data", str(corpus), "--json", str(file)]) == 0
     figures = json.loads(file.read_text())
-    assert f"FVU {figures['fidelity']['fvu']:.4f}" in capsys.readouterr().out
-    assert figures["loss"]["clean"] < figures["loss"]["ablated"]
+    shown = capsys.readouterr().out
+    assert f"{figures['fidelity']['fvu']['value']:.4f}" in shown and "loss recovered" in shown
+    clean, ablations = figures["loss"]["clean"], figures["loss"]["ablations"]
+    assert clean["value"] < ablations["mean"]["loss"]["value"]
+
+
+def test_tasks_take_the_place_of_the_report(coder, tmp_path, capsys, monkeypatch):
+    few = partial(builtin_sets, n_texts=40)
+    monkeypatch.setattr("mlxterp.sae.evals.tasks.perturbation.builtin_sets", few)
+    file = tmp_path / "tasks.json"
+    arguments = ["--tasks", "perturbation", "autointerp", "--json", str(file)]
+    assert main(["eval", str(coder), *arguments, "--schema", "saebench"]) == 0
+    assert list(json.loads(file.read_text())) == ["tpp"]
+    shown = capsys.readouterr().out
+    assert "TPP, n = 2" in shown and "left out, autointerp: This coder remembers no data" in shown
+    assert main(["eval", str(coder), "--tasks", "perturbation", "--schema", "saelens",
+                 "--json", str(file)]) == 1  # fmt: skip
+
+
+def test_an_evaluation_is_written_in_the_shape_of_another_library(coder, corpus, tmp_path):
+    file = tmp_path / "figures.json"
+    arguments = ["--json", str(file), "--schema", "saelens", "--max-tokens", "300"]
+    assert main(["eval", str(coder), "--data", str(corpus), *arguments]) == 0
+    metrics = json.loads(file.read_text())["metrics"]
+    assert metrics["model_performance_preservation"]["ce_loss_with_sae"] > 0
+    assert 0 < metrics["token_stats"]["total_tokens_eval_sparsity_variance"] <= 300
 
 
 def test_features_and_texts_are_shown(coder, corpus, capsys):

@@ -10,11 +10,13 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlxterp.sae import SAE, load_sae
-from mlxterp.sae.base import BaseSAE
+from mlxterp.sae.base import FORMAT_VERSION, BaseSAE
+from mlxterp.sae.checkpoint import UPGRADES
 from mlxterp.sae.coder import Columns
 from mlxterp.sae.metadata import Metadata, Statistics
 from tests.sae import kinds
 
+VERSIONS = Path(__file__).parents[1] / "golden" / "versions"
 FILES = {
     "config.json", "encoder.safetensors", "decoder.safetensors", "encoder_bias.safetensors",
     "statistics.json", "metadata.json",
@@ -29,7 +31,10 @@ ARRAYS = [
 ]  # fmt: skip
 JSON_KEYS = [
     ("config.json", key)
-    for key in ("format_version", "kind", "reads", "writes", "n_features", "activation_function")
+    for key in (
+        "format_version", "kind", "reads", "writes", "n_features", "activation_function",
+        "token_norm",
+    )
 ] + [
     ("metadata.json", "model"), ("metadata.json", "config"), ("statistics.json", "firing_rates"),
     ("statistics.json", "training"), ("statistics.json", "validation"),
@@ -234,11 +239,57 @@ def test_integers_in_place_of_weights_are_refused(saved):
         load_sae(saved)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
-def test_an_unknown_version_is_named_beside_the_known_one(saved, version):
+@pytest.mark.parametrize("version", [0, -1, "1", None, True, 1.0])
+def test_a_version_that_is_none_is_refused(saved, version):
     change_json(saved / "config.json", lambda content: content.update(format_version=version))
-    with pytest.raises(ValueError, match=f"config.json has format_version {version!r}.*reads 1"):
+    with pytest.raises(ValueError, match=f"'format_version' must be .* >= 1, got {version!r}"):
         load_sae(saved)
+
+
+def test_a_later_version_asks_for_an_upgrade(saved):
+    later = FORMAT_VERSION + 1
+    change_json(saved / "config.json", lambda content: content.update(format_version=later))
+    with pytest.raises(ValueError, match=f"format_version {later}, which a newer mlxterp wrote"):
+        load_sae(saved)
+
+
+def test_every_version_has_an_upgrade_to_the_next():
+    assert len(UPGRADES) == FORMAT_VERSION - 1
+
+
+@pytest.mark.parametrize("name", ["sae", "jumprelu", "transcoder", "crosscoder"])
+@pytest.mark.parametrize("version", range(1, FORMAT_VERSION))
+def test_coders_of_older_versions_do_what_they_did(version, name, tmp_path):
+    place = VERSIONS / f"version_{version}"
+    expected = np.load(place / "expected.npz")
+    coder = load_sae(place / name)
+    x = mx.array(expected["x"][:, : coder.d_in])
+    np.testing.assert_allclose(np.array(coder.encode(x)), expected[f"{name}.z"], atol=1e-6)
+    np.testing.assert_allclose(np.array(coder(x)), expected[f"{name}.y"], atol=1e-5)
+    assert coder.metadata.model == {"name": "a/model"} and coder.metadata.source == {}
+    assert coder.token_norm == "none"
+    again = load_sae(coder.save(tmp_path / "again.mlx"))
+    assert again.to_config()["format_version"] == FORMAT_VERSION
+    assert mx.array_equal(again.W_enc, coder.W_enc)
+
+
+def test_a_norm_of_tokens_and_a_source_are_saved(tmp_path):
+    columns = Columns(("layers.0.mlp",), (6,))
+    coder = SAE(columns, columns, 8, "relu", token_norm="layer_norm")
+    coder.metadata = Metadata(source={"format": "openai", "l0": 3})
+    again = load_sae(coder.save(tmp_path / "sae.mlx"))
+    assert again.token_norm == "layer_norm" and again.metadata.source == coder.metadata.source
+    assert "layer_norm" in again._repr_html_() and "openai" in again._repr_html_()
+    change_json(tmp_path / "sae.mlx" / "config.json", lambda c: c.update(token_norm="batch_norm"))
+    with pytest.raises(ValueError, match="config.json does not describe a coder: token_norm must"):
+        load_sae(tmp_path / "sae.mlx")
+
+
+def test_a_saved_coder_says_itself_where_it_belongs(saved):
+    with pytest.raises(
+        ValueError, match="says itself which sites it is of; got site='layers.1.mlp"
+    ):
+        load_sae(saved, site="layers.1.mlp")
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 from mlxterp.sae import ActivationDataset, CrossLayerConfig, CrossLayerTrainer, load_sae
 from mlxterp.sae.coder import Columns
 from mlxterp.sae.cross_layer import CrossLayerTranscoder
-from mlxterp.sae.evals import fidelity
+from mlxterp.sae.evals.fidelity import fidelity
 from tests.sae import kinds
 from tests.sae.kinds import dense_decoder, dense_encoder
 from tests.sae.runs import config, differences

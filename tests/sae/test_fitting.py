@@ -14,7 +14,7 @@ from mlxterp.sae import (
     TranscoderTrainer,
     load_sae,
 )
-from mlxterp.sae.evals import fidelity
+from mlxterp.sae.evals.fidelity import fidelity
 from mlxterp.sae.fitting import columns_of
 from tests.sae import kinds
 from tests.sae.runs import Interrupt, differences, fit

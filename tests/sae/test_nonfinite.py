@@ -10,7 +10,7 @@ import pytest
 
 from mlxterp.sae import ActivationDataset, SAETrainer
 from mlxterp.sae.base import BaseSAE
-from mlxterp.sae.evals import fidelity
+from mlxterp.sae.evals.fidelity import fidelity
 from tests.fakes import SITE, FakeSource
 from tests.sae import kinds
 from tests.sae.runs import config, differences, tokens, without_times

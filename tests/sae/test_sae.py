@@ -27,6 +27,7 @@ def test_the_public_names_are_these():
         "StopTraining", "TensorBoardLogger", "TrackioLogger", "TrainingError",
         "Transcoder", "TranscoderConfig", "TranscoderTrainer", "WandbLogger", "load_sae", "splice",
         "Circuit", "find_attribution_graph", "find_behavior_circuit", "find_feature_circuits",
+        "compare",
     }  # fmt: skip
     assert set(mlxterp.sae.__all__) == names
     assert all(hasattr(mlxterp.sae, name) for name in names)
@@ -310,18 +311,17 @@ def test_many_coders_of_a_dataset_of_several_sites_need_theirs_named():
 
 
 def test_the_trained_coder_of_the_bundled_model_is_good(sae):
-    fidelity, loss = sae.evaluate()
-    assert fidelity.fvu < 0.35 and fidelity.l0 <= 8
-    assert loss.recovered > 0.7
-    assert fidelity.fvu == pytest.approx(sae.statistics.validation[-1]["fvu"], rel=1e-3)
+    report = sae.evaluate()
+    assert report.fvu < 0.35 and report.l0 <= 8
+    assert report.loss.recovered.value > 0.7
+    assert report.fvu == pytest.approx(sae.statistics.validation[-1]["fvu"], rel=1e-3)
 
 
 def test_an_evaluation_on_other_texts_needs_the_texts(sae, model, texts, tmp_path):
     loaded = load_sae(sae.save(tmp_path / "s.mlx"))
     with pytest.raises(ValueError, match="pass dataset="):
         loaded.evaluate(model=model)
-    fidelity, _ = loaded.evaluate(model=model, dataset=texts[:3])
-    assert fidelity.fvu < 0.5
+    assert loaded.evaluate(model, texts[:3]).fvu < 0.5
 
 
 def test_a_coder_is_compatible_with_its_model_and_site(sae, model):
@@ -339,8 +339,9 @@ def test_every_reason_against_compatibility_is_given(sae, model):
     assert "layers.99" in sae.is_compatible(model, layer=99).reasons[0]
 
     fake = FakeSource()
-    missing, other_weights = sae.is_compatible(fake).reasons
+    missing, depth, other_weights = sae.is_compatible(fake).reasons
     assert "no site 'layers.2.resid_post'" in missing
+    assert depth == "the model has layers: 1, the one that it was trained on: 6"
     assert other_weights == "it was trained on other weights (demo)"
     narrow = SAE(*[Columns((SITE,), (5,))] * 2, 10, k=2)
     assert narrow.is_compatible(fake).reasons == (
@@ -368,7 +369,7 @@ def test_arrays_of_a_named_site_train_a_coder_that_knows_its_model():
     sae = SAETrainer.train(FakeSource(width=8), 0, dataset=data, config=CONFIG, verbose=False)
     assert sae.metadata.model["fingerprint"] == "f00d"
     assert sae.find_top_features("abc")
-    assert sae.evaluate()[1] is None
+    assert sae.evaluate().loss is None
     with pytest.raises(
         ValueError, match=r"needs layers.0.mlp \(width 6\).*from_activations\(\{site: array\}\)"
     ):

@@ -7,7 +7,8 @@ from mlxterp.notebook import visible
 from mlxterp.sae.coder import Columns
 from mlxterp.sae.config import SAEConfig
 from mlxterp.sae.cross_layer import CrossLayerTranscoder
-from mlxterp.sae.evals import Fidelity, LossRecovered
+from mlxterp.sae.evals.fidelity import Fidelity
+from mlxterp.sae.evals.loss import LossRecovered
 from mlxterp.sae.features.connections import Connected, Connection, InputInvariantWeights
 from mlxterp.sae.metadata import Metadata, Statistics, training_facts
 from mlxterp.sae.trainer import TrainingResult

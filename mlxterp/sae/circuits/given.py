@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from mlxterp.sae.base import BaseSAE
-from mlxterp.sae.coder import Block, SparseCoder
+from mlxterp.sae.coder import Block, SparseCoder, check_sized
 from mlxterp.sae.forward_order import precedes
 from mlxterp.sae.source import ActivationSource, FreezableSource
 from mlxterp.sites import Site
@@ -28,6 +28,7 @@ def fitting(
     """
     source = next(iter(coders.values())).known_model(model)
     for layer, coder in coders.items():
+        check_sized(coder, f"In circuits, layer {layer}")
         fits = coder.is_compatible(source)
         if not fits:
             raise ValueError(f"The coder of layer {layer} does not fit the model: {fits!r}.")

@@ -17,7 +17,8 @@ from mlxterp.sae.dashboard.layout import TABLE
 from mlxterp.sae.dashboard.passages import TOP, Amounts, passages
 from mlxterp.sae.dashboard.sides import Side, side_arrays, sides_of
 from mlxterp.sae.dashboard.strings import Strings, finite
-from mlxterp.sae.evals import Fidelity, LossRecovered
+from mlxterp.sae.evals.fidelity import Fidelity
+from mlxterp.sae.evals.loss import LossRecovered
 from mlxterp.sae.features.codes import association
 from mlxterp.sae.features.data import FeatureData
 from mlxterp.sae.labels.labels import FeatureLabels

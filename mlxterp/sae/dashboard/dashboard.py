@@ -18,7 +18,8 @@ from mlxterp.sae.dashboard.reading import open_bundle
 from mlxterp.sae.dashboard.running import Running
 from mlxterp.sae.dashboard.server import application
 from mlxterp.sae.dataset import ActivationDataset
-from mlxterp.sae.evals import fidelity, loss_recovered
+from mlxterp.sae.evals.fidelity import fidelity
+from mlxterp.sae.evals.loss import loss_recovered
 from mlxterp.sae.features.collection import collect
 from mlxterp.sae.features.data import FeatureData
 from mlxterp.sae.files import write_text

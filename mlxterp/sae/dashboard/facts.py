@@ -8,7 +8,8 @@ import numpy as np
 
 from mlxterp.sae.coder import SparseCoder
 from mlxterp.sae.dashboard.layout import FORMAT_VERSION
-from mlxterp.sae.evals import Fidelity, LossRecovered
+from mlxterp.sae.evals.fidelity import Fidelity
+from mlxterp.sae.evals.loss import LossRecovered
 from mlxterp.sae.features.data import FeatureData
 from mlxterp.sae.metadata import Statistics
 from mlxterp.sae.source import ActivationSource

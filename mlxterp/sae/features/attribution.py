@@ -7,7 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlxterp.sae.coder import SparseCoder
+from mlxterp.sae.coder import SparseCoder, check_sized
 from mlxterp.sae.features.logit_effects import last_residual, writes_stream, written
 from mlxterp.sae.kernels import joined
 from mlxterp.sae.source import ActivationSource
@@ -31,6 +31,7 @@ def total_effects(
     because softmax does not see what all logits have in common. The target is by default the token
     that the model predicts there.
     """
+    check_sized(coder, "An attribution")
     if not -len(ids) <= position < len(ids):
         raise ValueError(f"position must be in [{-len(ids)}, {len(ids) - 1}], got {position}.")
     model, names = written(coder, source, site)
@@ -60,6 +61,7 @@ def direct_effects(
     Without a target it is for each token the one that the model predicts there. Raises `ValueError`
     where the rows do not have the width of the stream.
     """
+    check_sized(coder, "An attribution")
     if not writes_stream(coder, source, site):
         raise ValueError(
             f"This coder writes {coder.writes}, and a direct effect needs rows that can be read as "

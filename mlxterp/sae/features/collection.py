@@ -96,7 +96,7 @@ def _part(corpus: Corpus, max_tokens: int | None) -> Corpus:
 
 def fingerprint(coder: SparseCoder) -> str:
     """16 hexadecimal digits that tell a coder by its arrays."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(b"" if coder.token_norm == "none" else coder.token_norm.encode())
     arrays: Any = tree_flatten(coder.parameters())
     for name, array in sorted(arrays):
         bits = np.array(array.view(mx.uint8) if array.ndim else array.astype(mx.float32))

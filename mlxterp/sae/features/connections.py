@@ -206,9 +206,9 @@ def input_invariant_weights(
 
     What a feature with value `z` adds to the later one's pre-activation is `z` times its weight,
     whatever the input, divided by what the norm before the later coder divides by. Left out are
-    that divisor, the mean that a LayerNorm subtracts, and all paths through attention and other
-    MLPs. An RMSNorm's weight is taken into account where `norm_weights` gives it, `[width]` by read
-    site of the later coder, as in `{"layers.3.mlp_in": norm.weight}`.
+    that divisor, the mean that a LayerNorm subtracts, a coder's own norm of tokens, and all paths
+    through attention and other MLPs. An RMSNorm's weight is taken into account where `norm_weights`
+    gives it, `[width]` by read site of the later coder, as in `{"layers.3.mlp_in": norm.weight}`.
 
     Of coders of several sites each site that is written adds to each that is read further on in
     the model, with attention before the MLP in a layer; the two coders may be the same. Products
@@ -318,7 +318,7 @@ def _precedes(written: str, read: str) -> bool:
     """Whether one site is before the other in the same model; unknown names are taken to be."""
     (model, _, name), (other, _, later) = written.rpartition(":"), read.rpartition(":")
     places = [Site.from_string(name), Site.from_string(later)]
-    if model != other:
+    if model != other or places[0].component == "attn_z":  # a projection follows it
         return False
     if any(place.layer is None or place.component not in COMPONENTS for place in places):
         return True

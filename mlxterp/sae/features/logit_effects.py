@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 import mlx.core as mx
 import numpy as np
 
-from mlxterp.sae.coder import SparseCoder, check_feature
+from mlxterp.sae.coder import SparseCoder, check_feature, check_sized
 from mlxterp.sae.features.display import visible
 from mlxterp.sae.model_pair import owner
 from mlxterp.sae.source import ActivationSource
@@ -24,6 +24,7 @@ from mlxterp.sae.visualization import (
     new_axis,
     plain,
 )
+from mlxterp.sites import Site
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -128,12 +129,15 @@ def logit_effects(
     `total` takes a pass for every feature and token: it is for a few features and short texts.
 
     Raises `ValueError` where the row does not have the width of the stream (`total` does not need
-    it), and for a coder that writes several models where no site is named.
+    it), for a coder that writes several models where no site is named and, with `texts`, for one
+    that normalises tokens.
     """
     if path not in get_args(Path):
         raise ValueError(f"path must be one of {get_args(Path)}, got {path!r}.")
     if top_k < 1:
         raise ValueError(f"top_k must be 1 or more, got {top_k}.")
+    if texts is not None:
+        check_sized(coder, "logit_effects of texts")
     several = isinstance(feature_id, Iterable)
     ids = [check_feature(coder, i) for i in (feature_id if several else [feature_id])]  # pyright: ignore
     model, n_tokens = written(coder, source, site)[0], None
@@ -205,6 +209,11 @@ def _stream(
         raise ValueError(
             f"This coder writes {writes}, and only rows of the width of the residual stream, "
             f"{width}, can be read as such: name one of its sites with site=..."
+        )
+    if any(Site.from_string(str(site)).component == "attn_z" for site in names.values()):
+        raise ValueError(
+            f"This coder writes {writes}: an output projection follows, so that its rows are no "
+            "directions of the residual stream."
         )
     return model, names
 

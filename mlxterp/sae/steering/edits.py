@@ -33,7 +33,8 @@ def steer(
 
     The activation is one of all sites that the coder writes, `[..., d_out]`, or of one `site` of
     them. Decoder rows of a coder that writes one site have unit norm, so that `strength` is in
-    units of the activation. Raises `ValueError` for an unknown feature or site, or another width.
+    units of the activation; where the coder scales tokens back (`token_norm`), in units of the
+    token's size. Raises `ValueError` for an unknown feature or site, or another width.
     """
     names = coder.writes.names if site is None else coder.writes.only(site).names
     direction = coder.writes.take(coder.direction(check_feature(coder, feature_id)), names)
@@ -43,7 +44,10 @@ def steer(
             f"The activation must have shape [..., {len(direction)}], "
             f"got {tuple(activation.shape)}."
         )
-    return activation + (strength * direction).astype(activation.dtype)
+    step = strength * direction
+    if coder.scales_back:
+        step = coder.token_scale(activation)[1] * step
+    return activation + step.astype(activation.dtype)
 
 
 def steering_edit(
@@ -62,7 +66,7 @@ def steering_edit(
     """`{site: edit}` that changes what features write, for `run`, `trace`, `generate` and
     `editing`.
 
-        x + sum over i of (z'_i - z_i) * W_dec[i]
+        x + sum over i of (z'_i - z_i) * W_dec[i]      times the token's scale, if it is normalised
 
         add        z'_i = z_i + a_i
         clamp      z'_i = a_i
@@ -97,7 +101,7 @@ def steering_edit(
     if unit == "max" and mode not in ("scale", "ablate"):
         known = maxima() if callable(maxima) else maxima
         strengths = {i: value * _maximum(coder, known, i) for i, value in strengths.items()}
-    if mode == "add" and keep_error:
+    if mode == "add" and keep_error and not coder.scales_back:
         return _additions(coder, strengths, places, site)
     changes = {i: _change(mode, amount) for i, amount in strengths.items()}
     return _Spliced(coder, changes, keep_error, places, site).edits()
@@ -257,7 +261,7 @@ class _Spliced:
                 "This coder reads several sites before it can write the first of them, so that its "
                 "code is not known within one pass: features can be added, but it cannot be "
                 "spliced. Capture its sites in a clean pass, encode them, and give the columns of "
-                "the reconstruction as edits of a second pass; evals.loss_recovered does so."
+                "the reconstruction as edits of a second pass; coder.evaluate does so."
             )
         return found[0]
 
@@ -273,10 +277,19 @@ class _Spliced:
             y = y + z @ self._decoders[i]
             if coder.has_skip:
                 y += x.astype(y.dtype) @ coder.W_skip[block.writes, block.reads].T
+        if coder.scales_back:
+            y = self._scaled_back(y, x)
         for name in self._parts.keys() & coder.writes.names[block.sites]:
             part, start = coder.writes.slices[name], block.writes.start
             self._parts[name][i] = y[..., part.start - start : part.stop - start], changed
         return x
+
+    def _scaled_back(self, y: mx.array, x: mx.array) -> mx.array:
+        """What a coder of normalised tokens writes besides `b_dec`, in the size of the tokens."""
+        shift, scale = self._coder.token_scale(x)
+        if self._keep_error:
+            return y * scale
+        return (y + self._coder.b_dec) * scale + shift - self._coder.b_dec
 
     def _difference(self, i: int, z: mx.array) -> tuple[Any, mx.array | bool]:
         """`(z' - z) @ W_dec` of a block, and on which tokens it is not zero."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +60,16 @@ def names(contents: Iterable[str], widest: float = WIDEST) -> list[str]:
     spaces alone has signs for them."""
     marked = (c.replace(" ", SPACE) if c.isspace() else c for c in contents)
     return [fitting(drawable(content), widest) for content in marked]
+
+
+@contextmanager
+def written_in(family: str | None) -> Iterator[None]:
+    """Draw with a family of fonts, where one is named, before those of the user's settings."""
+    from matplotlib import rc_context, rcParams
+
+    families = [] if family is None else [family]
+    with rc_context({"font.family": [*families, *rcParams["font.family"]]}):
+        yield
 
 
 def _drawable(character: str, known: Sequence[Any]) -> str:

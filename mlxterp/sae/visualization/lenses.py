@@ -22,13 +22,15 @@ def plot_logit_lens(
     lens: Mapping[int, Sequence[Sequence[Prediction]]],
     tokens: Sequence[str] = (),
     label: str = "logit of the likeliest token",
+    cmap: str | None = None,
     ax: Axes | None = None,
 ) -> Figure:
     """The likeliest token of each layer at each position, the last layer on top.
 
     `lens[layer][position]` are the predictions `(id, score, text)`, the likeliest first, of which
     the first is shown; `tokens` are those that the model read there. `label` says what the scores
-    are. Raises `ValueError` where layers differ in their positions, or from the tokens.
+    are, `cmap` names one of matplotlib's colour maps. Raises `ValueError` where layers differ in
+    their positions, or from the tokens.
     """
     layers = sorted(lens, reverse=True)
     if not layers:
@@ -47,6 +49,7 @@ def plot_logit_lens(
         row_label="layer",
         column_label="token",
         words=[[text for *_, text in row] for row in best],
+        cmap=cmap,
         ax=ax,
     )
 

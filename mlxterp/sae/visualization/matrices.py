@@ -29,19 +29,21 @@ def plot_matrix(
     row_label: str = "",
     column_label: str = "",
     words: Sequence[Sequence[str]] | None = None,
+    cmap: str | None = None,
     ax: Axes | None = None,
 ) -> Figure:
     """A matrix as a heat map with named columns and, where given, named rows.
 
-    White is 0; what is NaN is grey. Small ones have their values written into the cells, but those
-    that are next to 0, or the `words` `[n_rows][n_columns]` that are given. `label` says what the
-    values are. Without an `ax` the figure is as large as the names need.
+    White is 0, unless one of matplotlib's maps is named as `cmap`; what is NaN is grey. Small ones
+    have their values written into the cells, but those that are next to 0, or the `words`
+    `[n_rows][n_columns]` that are given. `label` says what the values are. Without an `ax` the
+    figure is as large as the names need.
     """
     values = np.asarray(values, np.float64).reshape(-1, len(columns))
     values = values if len(values) else np.full((1, len(columns)), np.nan)
     ax = _axis(values.shape, bool(rows), words is not None) if ax is None else ax
     known = values[np.isfinite(values)]
-    colours, scale = shades(known.min(initial=0.0), known.max(initial=1e-9))
+    colours, scale = shades(known.min(initial=0.0), known.max(initial=1e-9), cmap)
     image = ax.imshow(
         np.ma.masked_invalid(values), norm=scale, cmap=colours, aspect="auto",
         interpolation="nearest",

@@ -73,11 +73,16 @@ def logarithmic(ax: Axes) -> None:
     ax.xaxis.set_major_formatter("{x:g}")
 
 
-def shades(low: float, high: float) -> tuple[Any, Any]:
+def shades(low: float, high: float, cmap: str | None = None) -> tuple[Any, Any]:
     """A colour map and its scale for values from `low` to `high`: white is 0, blue above it, and
-    vermilion below. What is not a number is grey."""
+    vermilion below; or matplotlib's map of that name. What is not a number is grey."""
+    from matplotlib import colormaps
     from matplotlib.colors import LinearSegmentedColormap, Normalize
 
+    if cmap is not None:
+        size = max(-low, high)
+        scale = Normalize(-size, size) if low < 0 else Normalize(0, high or 1.0)
+        return colormaps[cmap].with_extremes(bad=UNKNOWN), scale
     if low < 0:
         size = max(-low, high)
         colours, scale = (*DOWNWARDS, *UPWARDS[1:]), Normalize(-size, size)

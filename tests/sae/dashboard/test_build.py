@@ -9,7 +9,8 @@ from mlxterp.sae.crosscoder import Crosscoder
 from mlxterp.sae.dashboard.build import build_bundle
 from mlxterp.sae.dashboard.passages import Amounts
 from mlxterp.sae.dashboard.sides import sides_of
-from mlxterp.sae.evals import Fidelity, LossRecovered
+from mlxterp.sae.evals.fidelity import Fidelity
+from mlxterp.sae.evals.loss import LossRecovered
 from mlxterp.sae.features.connections import reads
 from mlxterp.sae.features.display import visible
 from mlxterp.sae.features.logit_effects import logit_effects

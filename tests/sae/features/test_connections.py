@@ -66,6 +66,12 @@ def test_in_blocks_and_without_the_matrix_the_strongest_are_the_same(monkeypatch
     ]
 
 
+def test_heads_before_the_output_projection_are_not_connected():
+    heads = transcoder("layers.1.attn_z", "layers.1.attn_z", 30)
+    with pytest.raises(ValueError, match=r"Nothing that .* writes, layers\.1\.attn_z"):
+        input_invariant_weights(heads, LATER)
+
+
 def test_there_are_no_more_connections_than_pairs():
     small = transcoder("layers.3.mlp_in", "layers.3.mlp_out", 3)
     assert len(input_invariant_weights(EARLIER, small).connections) == 90

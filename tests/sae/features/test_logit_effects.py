@@ -170,6 +170,15 @@ def test_models_that_are_not_float32_agree_with_their_own_gradients(model, chang
     assert float(slopes[-1, 3]) == pytest.approx(centred, rel=tolerance, abs=tolerance)
 
 
+def test_rows_before_an_output_projection_are_no_directions_of_the_stream(model):
+    columns = Columns(("layers.2.attn_z",), (model.width("layers.2.attn_z"),))
+    assert columns.width == model.d_model
+    made = coders.filled(SAE(columns, columns, 9, k=2))
+    assert not writes_stream(made, model)
+    with pytest.raises(ValueError, match=r"writes layers\.2\.attn_z .*output projection follows"):
+        logit_effects(made, model, 3)
+
+
 def test_rows_of_another_width_have_effects_through_the_model_alone(model):
     columns = Columns(("layers.2.mlp.gate_proj",), (384,))
     made = coders.filled(SAE(columns, columns, 9, k=2))

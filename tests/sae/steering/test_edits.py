@@ -341,7 +341,7 @@ def test_a_pass_that_was_cut_off_leaves_nothing_behind(model):
 
 
 def test_a_crosscoder_cannot_be_spliced_within_one_pass():
-    with pytest.raises(ValueError, match="several sites before .* evals.loss_recovered does so"):
+    with pytest.raises(ValueError, match="several sites before .* coder.evaluate does so"):
         splice(coder())
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from mlxterp.sae.evals import Fidelity, LossRecovered
+from mlxterp.sae.evals.fidelity import Fidelity
+from mlxterp.sae.evals.loss import LossRecovered
 from mlxterp.sae.features.connections import Connection, InputInvariantWeights
 from mlxterp.sae.features.logit_effects import LogitEffects
 from mlxterp.sae.sharing import Sharing

@@ -3,7 +3,8 @@ import pytest
 
 from mlxterp.sae import SAE
 from mlxterp.sae.coder import Columns
-from mlxterp.sae.evals import Fidelity, LossRecovered
+from mlxterp.sae.evals.fidelity import Fidelity
+from mlxterp.sae.evals.loss import LossRecovered
 from mlxterp.sae.metadata import Statistics
 from mlxterp.sae.visualization import plot_density, plot_frontier, plot_losses
 

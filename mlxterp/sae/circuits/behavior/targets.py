@@ -112,7 +112,7 @@ def _of_tokens(
     wanted = target if isinstance(target, (tuple, list)) else (target,)
     if len(wanted) not in (1, 2):
         raise ValueError(f"target must be a token or a pair of tokens, got {target!r}.")
-    found = [_token_id(source, token, logits.shape[-1]) for token in wanted]
+    found = [token_id(source, token, logits.shape[-1]) for token in wanted]
     if len(set(found)) < len(found):
         raise ValueError(f"target must be a pair of different tokens, got {target!r}.")
     texts = source.to_str_tokens(found)
@@ -129,17 +129,19 @@ def _of_tokens(
     return Target(Node("logit", "", found[0], position, chance, label=label), text, measure)
 
 
-def _token_id(source: ActivationSource, token: Any, size: int) -> int:
+def token_id(source: ActivationSource, token: Any, size: int, name: str = "target") -> int:
+    """The id of a token of `size` that is given as text or by its id; raises `ValueError`, in which
+    it is called `name`, for what is no single token."""
     if isinstance(token, str):
-        return _token_of_text(source, token, size)
+        return _token_of_text(source, token, size, name)
     if not isinstance(token, (int, np.integer)) or isinstance(token, bool):
-        raise ValueError(f"target must be a token, as text or by its id, got {token!r}.")
+        raise ValueError(f"{name} must be a token, as text or by its id, got {token!r}.")
     if not 0 <= token < size:
-        raise ValueError(f"target must be the id of a token, in [0, {size - 1}], got {token}.")
+        raise ValueError(f"{name} must be the id of a token, in [0, {size - 1}], got {token}.")
     return int(token)
 
 
-def _token_of_text(source: ActivationSource, text: str, size: int) -> int:
+def _token_of_text(source: ActivationSource, text: str, size: int, name: str) -> int:
     """The one token that a text is, in itself or, as some tokenizers add a space, anywhere."""
     pieces = []
     if text:
@@ -152,6 +154,6 @@ def _token_of_text(source: ActivationSource, text: str, size: int) -> int:
         if text in every:
             return every.index(text)
     raise ValueError(
-        f"target must be one token, got {text!r}, which is {len(pieces)}: {pieces}. Give one of "
+        f"{name} must be one token, got {text!r}, which is {len(pieces)}: {pieces}. Give one of "
         "them, with its space where it has one, or the id of a token."
     )

@@ -16,6 +16,7 @@ from mlxterp.sae.circuits.graph.held import EMBEDDING
 from mlxterp.sae.circuits.graph.influence import Extent
 from mlxterp.sae.circuits.graph.readouts import streams
 from mlxterp.sae.circuits.graph.replacement import Replacement, Run
+from mlxterp.sae.coder import check_sized
 from mlxterp.sae.forward_order import depends
 from mlxterp.sae.source import ActivationSource, FreezableSource
 
@@ -47,6 +48,7 @@ def checked(
     ordered = {layer: coders[layer] for layer in sorted(coders)}
     source = next(iter(ordered.values())).known_model(model)
     for layer, coder in ordered.items():
+        check_sized(coder, f"In attribution graphs, layer {layer}")
         fits = coder.is_compatible(source)
         if not fits:
             raise ValueError(f"The coder of layer {layer} does not fit the model: {fits!r}.")

@@ -9,7 +9,8 @@ from mlxterp import InterpretableModel
 from mlxterp.sae import SAE, ActivationDataset
 from mlxterp.sae.coder import Columns, SparseCoder
 from mlxterp.sae.cross_layer import CrossLayerTranscoder
-from mlxterp.sae.evals import LossRecovered, fidelity, loss_recovered
+from mlxterp.sae.evals.fidelity import fidelity
+from mlxterp.sae.evals.loss import LossRecovered, loss_recovered
 from mlxterp.sae.model_pair import ModelPair
 from tests.fakes import SITE, FakeSource
 
@@ -409,7 +410,7 @@ def test_a_site_of_two_models_is_judged_by_its_own_model(model, affine, texts):
 def test_wide_codes_are_measured_in_smaller_batches(monkeypatch):
     coder, dataset = random_coder(8), ActivationDataset.from_activations(data(500), site=SITE)
     whole = fidelity(coder, dataset)
-    monkeypatch.setattr("mlxterp.sae.evals.BATCH_ENTRIES", 70 * coder.n_features)
+    monkeypatch.setattr("mlxterp.sae.evals.fidelity.BATCH_ENTRIES", 70 * coder.n_features)
     parts = fidelity(coder, dataset)
     assert parts.fvu == pytest.approx(whole.fvu, rel=1e-6)
     assert parts.firing_rates.tolist() == whole.firing_rates.tolist()

@@ -1,0 +1,1 @@
+"""How good a coder is: fidelity, sparsity, and what the language model loses with it."""
