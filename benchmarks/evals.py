@@ -14,7 +14,6 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 # Before MLX, which then finds the OpenBLAS that this one loads.
@@ -23,9 +22,7 @@ from mlxterp import InterpretableModel  # isort: skip
 from mlxterp.sae import ActivationDataset, SAEConfig, SAETrainer
 from mlxterp.sae.evals.evaluating import evaluate
 from mlxterp.sae.evals.measuring import measure
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from quickstart import python_texts
+from mlxterp.texts import python_texts
 
 WIDTH, CHARACTERS, TRAINING = 128, 8000, 20_000
 

@@ -17,13 +17,15 @@ def main() -> None:
     parser.add_argument("--model", help="a name on the Hub or a path; default: the bundled model")
     parser.add_argument("--layer", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=60_000)
+    parser.add_argument("--unseen", type=int, default=20, help="documents to measure on")
     parser.add_argument("--json", help="where to write the report of the first in SAELens' form")
     options = parser.parse_args()
 
     model = InterpretableModel(options.model) if options.model else InterpretableModel.demo()
     texts = list(topics.values())
+    unseen = [text[:2000] for text in texts[-options.unseen :]]
     dataset = ActivationDataset.from_texts(
-        model, texts[:-20], options.layer, "residual", max_samples=options.tokens
+        model, texts[: -options.unseen], options.layer, "residual", max_samples=options.tokens
     )
     width, n_tokens = dataset.columns.width, len(dataset)
     configs = {
@@ -34,11 +36,11 @@ def main() -> None:
     }
     saes = SAETrainer().fit_many(dataset, configs)
 
-    report = saes["topk"].evaluate(model, texts[-20:])
+    report = saes["topk"].evaluate(model, unseen)
     print(f"\n{report}\n")
     if options.json:
         print(report.to_json(options.json, schema="saelens"))
-    print(compare(list(saes.values()), model, texts[-20:]))
+    print(compare(list(saes.values()), model, unseen))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ OPTIONS = {
     "crosscoder": ["--tokens", "2000"],
     "diffing": ["--tokens", "2000"],
     "distributed": ["--tokens", "2000"],
-    "evaluation": ["--tokens", "4000"],
+    "evaluation": ["--tokens", "2000", "--unseen", "4"],
     "harvest": ["--tokens", "2000"],
     "labels": ["--tokens", "4000"],
     "quickstart": ["--tokens", "4000"],

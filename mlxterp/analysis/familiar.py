@@ -47,14 +47,12 @@ class NextTokenProbs(OutputProxy):
 
     def __init__(self, model: Readable) -> None:
         super().__init__(model, "next_token_probs")
+        self._logits = OutputProxy(model, OUTPUT)
 
     @property
     def value(self) -> mx.array:
-        trace = self._trace or current_trace(self._model)
-        logits = OutputProxy(self._model, OUTPUT).value if trace is None else None
-        if trace is not None:
-            logits = first_array(trace.output)
-        assert trace is not None and logits is not None
+        logits, trace = self._logits.value, self._trace or current_trace(self._model)
+        assert trace is not None
         _, mask = self._model.tokens(trace.inputs)
         if mask is None:
             last = mx.full((len(logits), 1, 1), logits.shape[1] - 1)

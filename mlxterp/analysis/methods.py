@@ -228,12 +228,14 @@ class AnalysisMethods:
         seed: int = 0,
         *,
         l2: float = 1.0,
+        groups: Iterable[Any] | None = None,
     ) -> Probe:
         """A linear classifier of labels by the activations at a site, judged on held-out texts; see
         `probes.train_probe`."""
         return train_probe(
-            self, texts, labels, layer, component, position, method, test_split, seed, l2=l2
-        )
+            self, texts, labels, layer, component, position, method, test_split, seed,
+            l2=l2, groups=groups,
+        )  # fmt: skip
 
     def probe_layers(
         self: Readable,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -56,10 +56,19 @@ def classes_of(labels: list[Any]) -> tuple[Any, ...]:
     return tuple(sorted(found, key=lambda label: (str(type(label)), label)))
 
 
+def numbered(groups: Iterable[Any], n_texts: int) -> np.ndarray:
+    """The number `[n_texts]` of the group of each text; raises `ValueError` for another count."""
+    given = list(groups)
+    if len(given) != n_texts:
+        raise ValueError(f"groups must be as many as texts: {len(given)} for {n_texts} texts.")
+    order = {group: i for i, group in enumerate(dict.fromkeys(given))}
+    return np.array([order[group] for group in given])
+
+
 def held_out(
     y: np.ndarray, groups: np.ndarray, test_split: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """The numbers of the texts that are held out, of each class alike where texts have one."""
+    """The numbers of the groups that are held out, of each class alike where they have one."""
     names = np.unique(groups)
     first = {int(g): int(k) for g, k in zip(groups[::-1], y[::-1], strict=True)}
     single = all(first[int(g)] == k for g, k in zip(groups, y, strict=True))

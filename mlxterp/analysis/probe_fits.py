@@ -77,7 +77,7 @@ def _nearest_mean(x: np.ndarray, y: np.ndarray, n_classes: int) -> Fit:
 
 @dataclass(frozen=True)
 class ProbeScore:
-    """How well a probe does on `n_test` held-out examples of `n_test_texts` texts.
+    """How well a probe does on `n_test` held-out examples, of `n_test_groups` texts or groups.
 
     `accuracy` is the share that is right, `interval` its 95 % confidence interval (Wilson's, of as
     many independent examples as the texts amount to). `majority` is the accuracy of always saying
@@ -95,14 +95,14 @@ class ProbeScore:
     auc: float | None
     n_train: int
     n_test: int
-    n_test_texts: int
+    n_test_groups: int
 
 
 def score(
     made: Fit, x: np.ndarray, y: np.ndarray, groups: np.ndarray, y_train: np.ndarray,
     shuffled: list[float],
 ) -> ProbeScore:  # fmt: skip
-    """The score on held-out rows `x [n, d]` of classes `y` and texts `groups [n]`."""
+    """The score on held-out rows `x [n, d]` of classes `y`, of texts, or groups, `groups [n]`."""
     decisions = made.decide(x)
     said = made.classify(decisions)
     right = said == y
@@ -117,7 +117,7 @@ def score(
         auc=area(decisions[:, 0], y == 1) if two else None,
         n_train=len(y_train),
         n_test=len(y),
-        n_test_texts=len(np.unique(groups)),
+        n_test_groups=len(np.unique(groups)),
     )
 
 
@@ -130,17 +130,17 @@ def _f1(said: np.ndarray, y: np.ndarray, classes: object) -> float:
 
 
 def _interval(right: np.ndarray, groups: np.ndarray) -> tuple[float, float]:
-    """The ends of the 95 % interval of a share; examples of one text are no independent ones."""
+    """The ends of the 95 % interval of a share; examples of one group are no independent ones."""
     p, n = float(right.mean()), len(right)
     _, numbers = np.unique(groups, return_inverse=True)
-    n_texts = int(numbers.max()) + 1
-    if n == n_texts:
+    n_groups = int(numbers.max()) + 1
+    if n == n_groups:
         independent = float(n)
     elif 0 < p < 1:
         sums = np.bincount(numbers, right - p)
         independent = min(float(n), n * n * p * (1 - p) / max(float(sums @ sums), 1e-12))
     else:
-        independent = float(n_texts)
+        independent = float(n_groups)
     # A whole number, of which the share may be any.
     trials = max(1, int(independent))
     _, low, high = wilson(p * trials, trials)  # type: ignore[arg-type]

@@ -97,6 +97,7 @@ def probe_layers(
     seed: int = 0,
     *,
     l2: float = 1.0,
+    groups: Iterable[Any] | None = None,
 ) -> LayerProbes:
     """The probes of some layers, or of all that have the component; the texts are read once.
 
@@ -111,7 +112,8 @@ def probe_layers(
     if not sites:
         raise ValueError("layers must have at least one number: the list is empty.")
     sites = [vector_site(model, site) for site in sites]
-    probes = train_probes(model, texts, labels, sites, position, method, test_split, seed, l2)
+    about = (position, method, test_split, seed, l2, groups)
+    probes = train_probes(model, texts, labels, sites, *about)
     return LayerProbes(
         {site.layer: probe for site, probe in probes.items() if site.layer is not None}
     )

@@ -9,7 +9,14 @@ from typing import Any, get_args
 import mlx.core as mx
 import numpy as np
 
-from mlxterp.analysis.probe_data import Place, classes_of, examples, held_out, shuffled
+from mlxterp.analysis.probe_data import (
+    Place,
+    classes_of,
+    examples,
+    held_out,
+    numbered,
+    shuffled,
+)
 from mlxterp.analysis.probe_fits import Fit, Method, ProbeScore, fit, score
 from mlxterp.analysis.site_rows import as_texts, rows_at, rows_of_tokens, vector_site
 from mlxterp.analysis.source import Readable
@@ -103,7 +110,7 @@ class Probe:
         found = self.score
         low, high = found.interval
         of_two = f", AUC {found.auc:.3f}" if found.auc is not None else ""
-        texts = f" of {found.n_test_texts:,} texts" if found.n_test != found.n_test_texts else ""
+        texts = f" in {found.n_test_groups:,} groups" if found.n_test != found.n_test_groups else ""
         return [
             ("site", str(self.site)),
             ("classes", ", ".join(map(str, self.classes))),
@@ -136,6 +143,7 @@ def train_probe(
     seed: int = 0,
     *,
     l2: float = 1.0,
+    groups: Iterable[Any] | None = None,
 ) -> Probe:
     """A linear classifier of labels by the activations at a site, judged on held-out texts.
 
@@ -144,16 +152,16 @@ def train_probe(
     one, "mean" over all but special tokens, or "each": then every token but special ones is an
     example with the label of its text or, where labels are lists, with its own, None for a token
     that is left out. `method` and `l2` are those of `probe_fits.fit`; `test_split` is the share of
-    the texts that is held out, of each class alike. Raises `ValueError` for labels that do not fit
+    the texts that is held out, of each class alike; texts of one of the `groups`, a name for each
+    text, such as those of a pair, stay on one side. Raises `ValueError` for labels that do not fit
     the texts, for fewer than two classes, and for a class that is missing in one of the parts.
 
     References: Alain and Bengio 2016, arXiv 1610.01644; Hewitt and Liang 2019, arXiv 1909.03368
     (why a control is needed); Marks and Tegmark 2023, arXiv 2310.06824 (mean_difference).
     """
     site = vector_site(model, layer, component)
-    return train_probes(
-        model, texts, labels, [site], position, method, test_split, seed, l2
-    )[site]  # fmt: skip
+    about = (position, method, test_split, seed, l2, groups)
+    return train_probes(model, texts, labels, [site], *about)[site]
 
 
 def train_probes(
@@ -166,6 +174,7 @@ def train_probes(
     test_split: float,
     seed: int,
     l2: float,
+    groups: Iterable[Any] | None = None,
 ) -> dict[Site, Probe]:
     """Probes of several sites, of one reading of the texts and one split of them."""
     if method not in get_args(Method):
@@ -177,16 +186,17 @@ def train_probes(
     listed, given = as_texts("texts", texts), list(labels)
     if len(listed) != len(given):
         raise ValueError(f"labels must be as many as texts: {len(given)} for {len(listed)} texts.")
-    rows, named, groups = examples(model, listed, given, sites, position)
+    rows, named, numbers = examples(model, listed, given, sites, position)
+    together = numbers if groups is None else numbered(groups, len(listed))[numbers]
     classes = classes_of(named)
     y = np.array([classes.index(label) for label in named])
     rng = np.random.default_rng(seed)
-    test = np.isin(groups, held_out(y, groups, test_split, rng))
+    test = np.isin(together, held_out(y, together, test_split, rng))
     for part, name in ((~test, "trained on"), (test, "tested")):
         missing = sorted(set(range(len(classes))) - set(y[part].tolist()))
         if missing:
             raise ValueError(f"no example of class {classes[missing[0]]!r} would be {name}.")
-    others = [shuffled(y, groups, test, rng) for _ in range(SHUFFLES)]
+    others = [shuffled(y, numbers, test, rng) for _ in range(SHUFFLES)]
     probes = {}
     for site in sites:
         x, k = rows[site], len(classes)
@@ -196,7 +206,7 @@ def train_probes(
             control = fit(x[~test], other[~test], k, method, l2)
             said = control.classify(control.decide(x[test]))
             chance.append(float((said == other[test]).mean()))
-        found = score(made, x[test], y[test], groups[test], y[~test], chance)
+        found = score(made, x[test], y[test], together[test], y[~test], chance)
         probes[site] = Probe(
             site, classes, made.weights, made.bias, method, position, found, model
         )  # fmt: skip

@@ -29,10 +29,14 @@ def vector_site(model: Readable, layer: int | str | Site, component: str | None 
 
 
 def as_texts(name: str, texts: Any) -> list[Any]:
-    """Texts, or rows of token ids, as a list; raises `ValueError` where there are none."""
+    """Texts, or rows of token ids, as a list; raises `ValueError` where there are none, and for
+    anything else."""
     found = [texts] if isinstance(texts, str) else list(texts)
     if not found:
         raise ValueError(f"{name} must have at least one text: the list is empty.")
+    other = next((text for text in found if not isinstance(text, (str, list, tuple))), None)
+    if other is not None:
+        raise ValueError(f"{name} must be texts or lists of token ids, not {other!r:.80}.")
     return found
 
 

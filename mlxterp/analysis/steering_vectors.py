@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from mlxterp.sites import Site
 FILE, ARRAYS = "steering_vector.json", "vector.safetensors"
 # Where the stream is read or written; what is left of a direction nowhere here is nowhere in it.
 STREAM = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
-WRITTEN = ("resid_pre", "attn_out", "mlp_out")
+WRITTEN = ("resid_pre", "attn_out", "mlp_out", "resid_post")
 Edit = Callable[..., mx.array]
 
 
@@ -101,13 +101,16 @@ class SteeringVector:
         everywhere: bool = True,
         positions: Positions = None,
         phase: Phase | None = None,
+        components: Sequence[str] = WRITTEN,
     ) -> dict[str, Edit]:
         """Edits `x - (x . u) u` with `u = vector / |vector|`: nothing is left of the direction.
 
         `everywhere` takes it from all that enters the residual stream, so that no layer can write
-        or read it, otherwise from the site of the vector alone. `positions` and `phase` are those
-        of `edit`. Raises `ValueError` for `everywhere` with a vector of another site than the
-        stream.
+        or read it, otherwise from the site of the vector alone. What enters the stream are the
+        `components` of all layers; give ("resid_pre", "resid_post") for a model whose blocks add
+        more than one attention and one MLP. `positions` and `phase` are those of `edit`. Raises
+        `ValueError` for `everywhere` with a vector of another site than the stream, and in the pass
+        for a component that the model does not have.
 
         Reference: Arditi et al. 2024, arXiv 2406.11717.
         """
@@ -122,7 +125,7 @@ class SteeringVector:
                 f"everywhere=True is for directions of the residual stream, {', '.join(STREAM)}, "
                 f"and this one is of {self.site}: give everywhere=False."
             )
-        names = [f"layers.*.{name}" for name in WRITTEN] if everywhere else [str(self.site)]
+        names = [f"layers.*.{name}" for name in components] if everywhere else [str(self.site)]
         return dict.fromkeys(names, partial(self._edited, remove, places))
 
     def _edited(self, change: Edit, places: Places, x: mx.array, context: Any = None) -> mx.array:

@@ -18,6 +18,11 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "analysis"
 TEXT = "The function returns"
 # What has no counterpart: scales of norms, what leaves the MLP's neurons, the unembedding's names.
 WITHOUT = ("hook_scale", "mlp.hook_post", "unembed.hook_in", "unembed.hook_out")
+NORMED = ("gemma3n", "gemma4", "gemma4_text")  # a norm stands between hook_v and what is attended
+FEW = (
+    "cohere", "gemma2", "gemma4", "gpt2", "gpt_neox", "longcat_flash", "mamba", "nanbeige", "olmo2",
+    "phi", "qwen3", "qwen3_next",
+)  # fmt: skip
 SIZES = dict(
     llama=dict(
         hidden_size=16, num_hidden_layers=2, intermediate_size=24, num_attention_heads=4,
@@ -61,7 +66,10 @@ def test_every_activation_is_that_of_transformer_lens(kind):
         assert (np.array(cache[name])[~seen] < -1e30).all()
 
 
-@pytest.mark.parametrize("model_type", sorted(MODEL_TYPES))
+@pytest.mark.parametrize(
+    "model_type",
+    [pytest.param(name, marks=() if name in FEW else pytest.mark.slow) for name in MODEL_TYPES],
+)
 def test_names_hold_what_they_say_in_every_architecture(model_type):
     model = InterpretableModel(build(model_type))
     tokens = mx.array([[1, 2, 3, 4, 5]])
@@ -72,7 +80,7 @@ def test_names_hold_what_they_say_in_every_architecture(model_type):
         if ("resid_mid", i) in cache:
             total = cache["resid_pre", i] + cache["attn_out", i]
             assert mx.allclose(cache["resid_mid", i], total, atol=1e-4)
-        if ("pattern", i) in cache:
+        if ("pattern", i) in cache and model_type not in NORMED:
             pattern, v = cache["pattern", i], cache["v", i].swapaxes(1, 2)
             z = pattern @ mx.repeat(v, pattern.shape[1] // v.shape[1], axis=1)
             assert mx.allclose(z, model.attention(tokens)[i].z, atol=1e-4)
@@ -256,11 +264,11 @@ def test_accessors_of_nnterp_read_the_trace(demo):
     for name, component in ACCESSORS.items():
         expected = demo.run(TEXT, capture=f"layers.3.{component}")[f"layers.3.{component}"]
         assert mx.array_equal(saved[name], expected), name
+        assert repr(getattr(demo, name)) == f"LayerValues(layers.*.{component})"
     assert mx.array_equal(logits, trace.output)
     np.testing.assert_allclose(projected, logits, atol=1e-4)
     np.testing.assert_allclose(demo.project_on_vocab(last), logits, atol=1e-4)
     assert mx.array_equal(trace.saved_values["layers.3.resid_post.output"], saved["layers_output"])
-    assert repr(demo.layers_output) == "LayerValues(layers.*.resid_post)"
 
 
 def test_probabilities_follow_the_last_real_token(demo):
