@@ -29,6 +29,11 @@ class Place:
     stream: nn.Module | None = None
     norm: nn.Module | None = None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the value of the site is the array itself."""
+        return self.norm is None and self.scale == 1 and self.stream is None
+
     def value(self, array: mx.array, stream: mx.array | None = None) -> mx.array:
         """The value of the site, of the array at the place and of what `stream` received."""
         if self.norm is not None:

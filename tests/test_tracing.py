@@ -48,6 +48,30 @@ def test_edits_of_one_site_apply_in_order(model):
     np.testing.assert_allclose(done["layers.1"], mx.abs((before + 1) * 2), rtol=1e-6)
 
 
+@pytest.mark.parametrize("model_type", ["llama", "granite", "gpt2"])
+@pytest.mark.parametrize(
+    "site", ["resid_pre", "resid_mid", "mlp_unit", "mlp_in", "attn_z", "mlp_out", "resid_post"]
+)
+def test_an_edit_may_change_its_argument_in_place(model_type, site):
+    model = InterpretableModel(build(model_type))
+    name = f"layers.1.{site}"
+
+    def in_place(x):
+        x[:, 1, :3] += 2.0
+        return x
+
+    def anew(x):
+        here = (mx.arange(x.shape[1]) == 1)[:, None] & (mx.arange(x.shape[2]) < 3)
+        return mx.where(here, x + 2.0, x)
+
+    plain, changed, expected = (
+        model.run(TOKENS, edit={name: edit}).output for edit in (lambda x: x, in_place, anew)
+    )
+    assert mx.array_equal(plain, model.run(TOKENS).output)
+    assert mx.abs(changed - plain).max() > 1e-2
+    assert mx.allclose(changed, expected, atol=1e-4)
+
+
 def test_a_glob_edits_every_layer(model):
     done = model.run(TOKENS, capture="layers.*.mlp_out", edit={"layers.*.mlp": mx.zeros_like})
     assert len(done) == model.n_layers

@@ -40,12 +40,12 @@ def attribution_patching(
     a is the activation that is patched. The derivative is the mean over `steps` midpoints of the
     straight way from `a_base` to `a_source` of the whole site (integrated gradients), so that the
     estimates of all positions, or all heads, add up to what patching the whole site does; that
-    takes `steps` rows for each layer and component. With `steps=None` it is that at the base run, in
-    one row for all of them. The other arguments, and the result, are those of
+    takes `steps` rows for each layer and component. With `steps=None` it is that at the base run,
+    in one row for all of them. The other arguments, and the result, are those of
     `activation_patching`; `result.verify(top=10)` patches the strongest.
 
-    The estimate at the base run alone is good for small changes, such as those of one head or MLP at
-    a position, and poor where something is saturated, as a softmax that is all but settled or a
+    The estimate at the base run alone is good for small changes, such as those of one head or MLP
+    at a position, and poor where something is saturated, as a softmax that is all but settled or a
     probability near 1, for distances such as `l2`, which bend, and for whole streams of early
     layers. Effects that cancel are missed (Kramar et al. 2024, arXiv 2403.00745, who correct some).
 

@@ -16,8 +16,8 @@ class Metadata:
     """Where a coder comes from: plain values, saved with it as `metadata.json`."""
 
     model: dict[str, Any] = field(default_factory=dict)
-    """`name`, `fingerprint`, `n_layers` and `d_model` of the language model, the type `dtype` of its
-    weights, and how they are quantised, `quantization`."""
+    """`name`, `fingerprint`, `n_layers` and `d_model` of the language model, the type of its
+    weights, `dtype`, and how they are quantised, `quantization`."""
     data: dict[str, Any] = field(default_factory=dict)
     """Number of tokens and documents, and the context length, of training and validation."""
     config: dict[str, Any] = field(default_factory=dict)

@@ -58,7 +58,7 @@ def test_batches_give_the_same(demo, batch_size):
 
 def test_collect_activations(demo):
     cache = collect_activations(demo, "Hello there")
-    assert len(cache) == 6 * 13 + 3
+    assert len(cache) == 6 * 14 + 3  # with the patterns of attention
     assert "__model_output__" not in cache
     assert cache.keys()[0] == "embed_tokens"
     assert cache.metadata == {"input_shape": (1, len(demo.encode("Hello there")))}

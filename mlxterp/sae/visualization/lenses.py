@@ -22,8 +22,8 @@ def plot_logit_lens(
     lens: Mapping[int, Sequence[Sequence[Prediction]]],
     tokens: Sequence[str] = (),
     label: str = "logit of the likeliest token",
-    cmap: str | None = None,
     ax: Axes | None = None,
+    cmap: str | None = None,
 ) -> Figure:
     """The likeliest token of each layer at each position, the last layer on top.
 
