@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 import mlxterp
+import mlxterp.analysis
 import mlxterp.sae
+import mlxterp.visualization
 
 ROOT = Path(__file__).parents[1]
-API = ROOT / "docs" / "api.md"
+API = (ROOT / "docs" / "api.md", ROOT / "docs" / "sae" / "api.md")
 NOT_RUN = "<!-- not run: needs the network -->"
 EXACT = "<!-- exact -->"
 HUB_NAME = re.compile(r"""["'][\w-]+/[\w.-]+["']""")
@@ -84,12 +86,12 @@ def test_only_blocks_that_need_the_network_are_left_out(page):
 
 @pytest.mark.parametrize(
     "package",
-    [mlxterp, mlxterp.sae, mlxterp.visualization],
+    [mlxterp, mlxterp.analysis, mlxterp.sae, mlxterp.visualization],
     ids=lambda package: package.__name__,
 )
-def test_the_api_page_has_every_public_name(package):
-    page = API.read_text(encoding="utf-8")
-    shown = re.findall(r"^(?:::: [\w.]+\.| +- )(\w+)$", page, flags=re.MULTILINE)
+def test_the_api_pages_have_every_public_name(package):
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in API)
+    shown = re.findall(r"^(?:::: [\w.]+\.| +- )(\w+)$", pages, flags=re.MULTILINE)
     assert set(package.__all__) <= set(shown)
 
 

@@ -8,6 +8,7 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 LONGEST = 80  # lines
+SLOW = ("circuits", "steering")
 OPTIONS = {
     "circuits": ["--documents", "4", "--n-tokens", "2"],
     "crosscoder": ["--tokens", "2000"],
@@ -33,7 +34,13 @@ def test_an_example_is_short_and_takes_another_model(path):
     assert path.stem == "distributed" or any('"--model"' in line for line in lines)
 
 
-@of_example
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in SLOW))
+        for path in FOUND
+    ],
+)
 @pytest.mark.filterwarnings("ignore:.* after .* tokens:UserWarning")  # advice of a short run
 def test_an_example_runs(path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -208,6 +208,19 @@ def test_the_import_is_light():
     assert done.stdout.strip() == "[]", done.stderr
 
 
+def test_what_few_programs_need_is_imported_when_it_is_asked_for():
+    rare = [
+        "sae.circuits.circuit", "sae.dashboard.dashboard", "sae.evals.tasks.benchmarks",
+        "sae.formats.reading", "sae.labels.labeling",
+    ]  # fmt: skip
+    code = f"import sys, mlxterp; print([m for m in {rare} if f'mlxterp.{{m}}' in sys.modules])"
+    assert _run(code).stdout.strip() == "[]"
+    assert {"Circuit", "find_feature_circuits"} <= set(dir(mlxterp.sae))
+    assert mlxterp.sae.Circuit.__module__ == "mlxterp.sae.circuits.circuit"
+    with pytest.raises(AttributeError, match="'mlxterp.sae' has no attribute 'Circus'"):
+        mlxterp.sae.Circus
+
+
 def test_the_base_api_is_at_the_top():
     assert mlxterp.interventions.compose is mlxterp.InterventionComposer
     assert mlxterp.scale is mlxterp.interventions.scale

@@ -129,6 +129,16 @@ def test_settings_given_to_train_take_the_place_of_the_config(kind, model, few):
 
 
 @pytest.mark.parametrize("kind", TRAIN)
+def test_a_config_that_is_none_of_ours_is_refused_before_anything_is_harvested(kind, model):
+    trainer, sites = TRAIN[kind]
+    refused = r"config must be a \w+Config, such as \w+Config\(k=32\), got {'k': 3}"
+    with pytest.raises(ValueError, match=refused):
+        trainer({"k": 3})
+    with pytest.raises(ValueError, match=refused):
+        trainer.train(model=model, **sites, dataset=None, config={"k": 3})
+
+
+@pytest.mark.parametrize("kind", TRAIN)
 def test_a_dataset_without_one_of_the_sites_is_refused(kind, model, few):
     dataset = ActivationDataset.from_texts(model, few, [0, "layers.1.mlp_in"])
     with pytest.raises(ValueError) as error:
