@@ -194,17 +194,8 @@ def _layers(layers: int | Iterable[int] | None, count: int) -> list[int] | None:
 
 def _hooks(architecture: Architecture, layers: set[int], calls: list[AttentionHeads]) -> Hooks:
     """Hooks that add to `calls`; the layer is that of the block that is being executed."""
-    current: list[int] = []
-
-    def block_of(layer: int) -> Around:
-        def call(function: Around, *args: Any, **kwargs: Any) -> Any:
-            current.append(layer)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                current.pop()
-
-        return call
+    hooks = Hooks()
+    current = executing(architecture, range(len(architecture.blocks)), hooks)
 
     def around(function: Around, q: mx.array, k: mx.array, v: mx.array, **kwargs: Any) -> mx.array:
         z = function(q, k, v, **kwargs)
@@ -217,11 +208,28 @@ def _hooks(architecture: Architecture, layers: set[int], calls: list[AttentionHe
             )
         return z
 
-    hooks = Hooks()
-    for layer, block in enumerate(architecture.blocks):
-        hooks.add_around(block, block_of(layer))
     hooks.add_around("scaled_dot_product_attention", around)
     return hooks
+
+
+def executing(architecture: Architecture, layers: Iterable[int], hooks: Hooks) -> list[int]:
+    """A list whose last entry is, while the hooks are open, the layer whose block is executed; of
+    these layers, and empty outside of them."""
+    current: list[int] = []
+
+    def block_of(layer: int) -> Around:
+        def call(function: Around, *args: Any, **kwargs: Any) -> Any:
+            current.append(layer)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                current.pop()
+
+        return call
+
+    for layer in layers:
+        hooks.add_around(architecture.blocks[layer], block_of(layer))
+    return current
 
 
 def _no_attention(architecture: Architecture, missing: list[int], found: set[int]) -> str:

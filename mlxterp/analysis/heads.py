@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import mlx.core as mx
 
 from mlxterp.architecture import Architecture
-from mlxterp.attention import expand_heads
+from mlxterp.attention import executing, expand_heads
 from mlxterp.hooks import Around, Hooks
 
 Part = Literal["q", "k", "v", "z"]
@@ -46,18 +46,10 @@ def tapped(
     """
     edits = edits or {}
     held: Calls = {}
-    current: list[int] = []
+    hooks = Hooks()
+    layers = {place.layer for place in (*edits, *capture)}
+    current = executing(architecture, layers, hooks)
     counts: dict[int, int] = {}
-
-    def block_of(layer: int) -> Around:
-        def call(function: Around, *args: Any, **kwargs: Any) -> Any:
-            current.append(layer)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                current.pop()
-
-        return call
 
     def seen(place: HeadPlace, value: mx.array) -> mx.array:
         if place in edits:
@@ -77,9 +69,6 @@ def tapped(
         q, k, v = (seen(place, x) for place, x in zip(places, (q, k, v), strict=False))
         return seen(places[3], function(q, k, v, **kwargs))
 
-    hooks = Hooks()
-    for layer in {place.layer for place in (*edits, *capture)}:
-        hooks.add_around(architecture.blocks[layer], block_of(layer))
     hooks.add_around("scaled_dot_product_attention", attend)
     try:
         with hooks:
