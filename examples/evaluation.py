@@ -9,7 +9,7 @@ import argparse
 from pydoc_data.topics import topics
 
 from mlxterp import InterpretableModel
-from mlxterp.sae import ActivationDataset, SAEConfig, SAETrainer, compare
+from mlxterp.sae import ActivationDataset, ProgressBar, SAEConfig, SAETrainer, compare
 
 
 def main() -> None:
@@ -25,7 +25,12 @@ def main() -> None:
     texts = list(topics.values())
     unseen = [text[:2000] for text in texts[-options.unseen :]]
     dataset = ActivationDataset.from_texts(
-        model, texts[: -options.unseen], options.layer, "residual", max_samples=options.tokens
+        model,
+        texts[: -options.unseen],
+        options.layer,
+        "residual",
+        max_samples=options.tokens,
+        verbose=True,
     )
     width, n_tokens = dataset.columns.width, len(dataset)
     configs = {
@@ -34,7 +39,8 @@ def main() -> None:
         )
         for name in ("topk", "batch_topk")
     }
-    saes = SAETrainer().fit_many(dataset, configs)
+    shown = {"topk": [ProgressBar()]}
+    saes = SAETrainer().fit_many(dataset, configs, callbacks=shown)
 
     report = saes["topk"].evaluate(model, unseen)
     print(f"\n{report}\n")

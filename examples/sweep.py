@@ -11,7 +11,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 from mlxterp import InterpretableModel
-from mlxterp.sae import ActivationDataset, SAEConfig, SAETrainer
+from mlxterp.sae import ActivationDataset, ProgressBar, SAEConfig, SAETrainer
 
 
 def main() -> None:
@@ -50,7 +50,10 @@ def main() -> None:
     configs |= {f"batch_topk k={options.k[0]}": base.replace(
         k=options.k[0], activation_function="batch_topk"
     )}  # fmt: skip
-    saes = SAETrainer(checkpoint_dir=options.run).fit_many(dataset, configs, resume=True)
+    shown = {next(iter(configs)): [ProgressBar()]}  # all of them keep step
+    saes = SAETrainer(checkpoint_dir=options.run).fit_many(
+        dataset, configs, resume=True, callbacks=shown
+    )
 
     for name, sae in saes.items():
         last = sae.statistics.validation[-1]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxterp.hooks import Key
+from mlxterp.hooks import Key, own
 from mlxterp.norms import gain_and_bias
 from mlxterp.probing import Block, Branch
 
@@ -29,11 +30,6 @@ class Place:
     stream: nn.Module | None = None
     norm: nn.Module | None = None
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether the value of the site is the array itself."""
-        return self.norm is None and self.scale == 1 and self.stream is None
-
     def value(self, array: mx.array, stream: mx.array | None = None) -> mx.array:
         """The value of the site, of the array at the place and of what `stream` received."""
         if self.norm is not None:
@@ -49,6 +45,19 @@ class Place:
             return (value * gain + bias).astype(value.dtype)
         value = value if stream is None else value - stream
         return value if self.scale == 1 else value / self.scale
+
+    def edited(
+        self, array: mx.array, stream: mx.array | None, edit: Callable[[mx.array], mx.array]
+    ) -> mx.array:
+        """The array after an edit of the site's value, which may change its argument in place."""
+        value = own(self.value(array, stream))
+        as_it_was = own(value)
+        changed = edit(value)
+        is_plain = self.norm is None and self.scale == 1 and self.stream is None
+        if changed is not value or is_plain:
+            return self.array(changed, stream)
+        # Where it was not changed in place after all, the difference is exactly 0.
+        return array + (self.array(changed, stream) - self.array(as_it_was, stream))
 
 
 def place_in(component: str, block: nn.Module, wiring: Block) -> Place:

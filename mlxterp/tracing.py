@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -241,20 +242,10 @@ class Pass:
     def _visit(self, array: mx.array, visits: _Visits) -> mx.array:
         """`array` after the edits of all sites here; what they capture is seen after them."""
         for site, place in visits.edits:
-            array = self._changed(site, place, array)
+            array = place.edited(array, self._stream(place), partial(self._edit, site))
         for site, place in visits.captures:
             self.activations[site] = own(place.value(array, self._stream(place)))
         return array
-
-    def _changed(self, site: Site, place: Place, array: mx.array) -> mx.array:
-        stream = self._stream(place)
-        value = own(place.value(array, stream))
-        as_it_was = own(value)
-        edited = self._edit(site, value)
-        if edited is not value or place.is_plain:
-            return place.array(edited, stream)
-        # It may have been changed in place. Where it was not, the difference is exactly 0.
-        return array + (place.array(edited, stream) - place.array(as_it_was, stream))
 
     def _stream(self, place: Place) -> mx.array | None:
         return None if place.stream is None else self._streams[id(place.stream)]

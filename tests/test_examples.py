@@ -8,7 +8,7 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 LONGEST = 80  # lines
-SLOW = ("circuits", "steering")
+SLOW = ("circuits", "crosscoder", "diffing", "evaluation", "labels", "steering", "transcoder")
 OPTIONS = {
     "circuits": ["--documents", "4", "--n-tokens", "2"],
     "crosscoder": ["--tokens", "2000"],

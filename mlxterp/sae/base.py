@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from mlxterp.sae import hub
 from mlxterp.sae.bound import FEATURES
@@ -14,16 +14,17 @@ from mlxterp.sae.config import SAEConfig
 from mlxterp.sae.dataset import ActivationDataset
 from mlxterp.sae.evals.evaluating import evaluate
 from mlxterp.sae.evals.report import Evaluation
-from mlxterp.sae.evals.tasks.benchmarks import TASKS, Benchmarks, Task, benchmark
 from mlxterp.sae.files import write_directory
 from mlxterp.sae.formats.parts import Parts
-from mlxterp.sae.formats.writing import write_foreign
 from mlxterp.sae.hub_card import model_card
 from mlxterp.sae.labels.labels import LABELS_FILE
 from mlxterp.sae.metadata import training_facts
 from mlxterp.sae.methods import CoderMethods
 from mlxterp.sae.source import ActivationSource
 from mlxterp.sae.visualization import fragment
+
+if TYPE_CHECKING:
+    from mlxterp.sae.evals.tasks.benchmarks import Benchmarks, Task
 
 FORMAT_VERSION = 2
 CONFIG_FILE = "config.json"
@@ -66,21 +67,24 @@ class BaseSAE(CoderMethods):
 
     def benchmark(
         self,
-        tasks: Sequence[Task] = TASKS,
+        tasks: Sequence[Task] | None = None,
         *,
         model: ActivationSource | None = None,
         dataset: Iterable[Any] | ActivationDataset | None = None,
         **options: Any,
     ) -> Benchmarks:
-        """Sparse probing, absorption, probe perturbation, scores of labels and more, each beside
-        what chance has; see `benchmarks.benchmark`.
+        """Sparse probing, absorption, probe perturbation, scores of labels and more, or the `tasks`
+        that are named, each beside what chance has; see `benchmarks.benchmark`.
 
         Labels are of what `collect` found or finds in the `dataset`; the other tasks bring their
         own text. What cannot be asked of this coder or model is left out, and the result says why.
         """
+        from mlxterp.sae.evals.tasks.benchmarks import TASKS, benchmark
+
         source = self._source if model is None else model
+        chosen = TASKS if tasks is None else tasks
         return benchmark(
-            self, source, tasks, data=lambda: self._collected(model, dataset), **options
+            self, source, chosen, data=lambda: self._collected(model, dataset), **options
         )
 
     def is_compatible(
@@ -166,6 +170,8 @@ class BaseSAE(CoderMethods):
     def export(self, format: str, path: str | Path) -> Path:
         """Write the coder as a file of another library, `"saelens"` or `"sparsify"`, and return its
         path; raises `ValueError` for what that cannot express."""
+        from mlxterp.sae.formats.writing import write_foreign
+
         rates = self.statistics.firing_rates
         return write_foreign(Parts.of(self, self.kind, self.metadata, rates), format, path)
 

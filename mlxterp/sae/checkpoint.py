@@ -27,7 +27,6 @@ from mlxterp.sae.cross_layer import CrossLayerTranscoder
 from mlxterp.sae.crosscoder import Crosscoder
 from mlxterp.sae.files import check_keys, read_arrays, read_json, recover
 from mlxterp.sae.formats.parts import Parts
-from mlxterp.sae.formats.reading import read_foreign
 from mlxterp.sae.formats.tensors import check_finite
 from mlxterp.sae.metadata import Metadata, Statistics
 from mlxterp.sae.sae import SAE
@@ -72,6 +71,8 @@ def load_sae(
     if not path.exists():
         raise FileNotFoundError(f"There is no saved coder at {path}.")
     if format is not None or not _is_ours(path):
+        from mlxterp.sae.formats.reading import read_foreign
+
         parts = read_foreign(path, site, format)
         logger.info("%s is read as %s", path, parts.metadata.source["format"])
         try:

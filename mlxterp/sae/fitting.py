@@ -48,10 +48,16 @@ class CoderTrainer:
         callbacks: Sequence[Callback] = (),
         parallel: Parallel | None = None,
     ):
-        self.config = config
+        self.config = self._checked(config)
         self.checkpoint_dir = checkpoint_dir
         self.callbacks = tuple(callbacks)
         self.parallel: Parallel | None = parallel
+
+    def _checked(self, config: Any) -> SAEConfig | None:
+        if config is not None and not isinstance(config, SAEConfig):
+            name = self.config_type.__name__
+            raise ValueError(f"config must be a {name}, such as {name}(k=32), got {config!r}.")
+        return config
 
     def recommended(self, reads: Columns, n_tokens: int, **settings: Any) -> SAEConfig:
         """The recommended recipe for what is read and an amount of data; `settings` take the place
@@ -95,6 +101,7 @@ class CoderTrainer:
         `settings` take the place of the config's. Raises `ValueError` for a dataset of another
         model or of other sites, and for a `save_path` where something else is.
         """
+        config = self._checked(config) or self.config
         first = is_first(self.parallel)
         if save_path is not None:
             check_replaceable(Path(save_path), MARKER)
@@ -109,7 +116,6 @@ class CoderTrainer:
             )
         if validation_split is not None:
             settings["validation_split"] = validation_split
-        config = config or self.config
         if config is None:
             config = self.recommended(reads, len(dataset), **settings)
         elif settings:

@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any, cast, overload
+from typing import TYPE_CHECKING, Any, cast, overload
 
 import mlx.core as mx
 import numpy as np
 
 from mlxterp.sae.bound import BoundCoder
 from mlxterp.sae.coder import SparseCoder, check_feature
-from mlxterp.sae.dashboard.dashboard import Dashboard, make_dashboard
 from mlxterp.sae.dataset import ActivationDataset
 from mlxterp.sae.features import analysis, connections, interpretation, peaks, view
 from mlxterp.sae.features import logit_effects as logits
 from mlxterp.sae.features.data import FeatureData
 from mlxterp.sae.features.search import Examples, FoundFeature, find_feature_by_examples
-from mlxterp.sae.labels import labeling
 from mlxterp.sae.labels.labels import FeatureLabels
 from mlxterp.sae.similarity import clusters as families
 from mlxterp.sae.similarity import map as feature_maps
@@ -27,6 +25,9 @@ from mlxterp.sae.source import ActivationSource
 from mlxterp.sae.steering import edits as steering
 from mlxterp.sae.steering.report import Comparison, SteeringReport, compare
 from mlxterp.sae.steering.sweep import strength_sweep
+
+if TYPE_CHECKING:
+    from mlxterp.sae.dashboard.dashboard import Dashboard
 
 
 class CoderMethods(BoundCoder):
@@ -138,6 +139,8 @@ class CoderMethods(BoundCoder):
             raise ValueError("Pass labeler_model or labeler, not both.")
         labeler = labeler_model if labeler is None else labeler
         data = self._collected(model, dataset)
+        from mlxterp.sae.labels import labeling
+
         return labeling.auto_label_features(
             self, data, labeler, labels=self.labels, verbose=verbose, **options
         )
@@ -274,6 +277,8 @@ class CoderMethods(BoundCoder):
         Examples are from the `validation_dataset`, up to 200,000 tokens of it, and the coder is
         measured on it; else from what `collect` found or, in its session, the training data.
         """
+        from mlxterp.sae.dashboard.dashboard import make_dashboard
+
         given = validation_dataset
         dataset = None if given is None else self._as_dataset(model, given, None)
         data = self._collected(model, dataset)
