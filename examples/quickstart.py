@@ -20,10 +20,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="a Hugging Face name or a path; default: the bundled model")
     parser.add_argument("--layer", type=int, help="default: the middle of the model")
-    parser.add_argument("--tokens", type=int, default=600_000, help="tokens of text to train on")
+    parser.add_argument("--tokens", type=int, default=200_000, help="tokens of text to train on")
     parser.add_argument("--save", type=Path, default=Path("sae_quickstart.mlx"))
     arguments = parser.parse_args()
     started = time.perf_counter()
+    print("loading the model", flush=True)
 
     model = InterpretableModel(arguments.model) if arguments.model else InterpretableModel.demo()
     layer = model.n_layers // 2 - 1 if arguments.layer is None else arguments.layer
