@@ -33,7 +33,7 @@ TRAINERS: dict[str, Any] = {
 
 def demo(arguments: Namespace) -> None:
     """Train an SAE on the bundled model, measure it, show features and steer with one."""
-    model = InterpretableModel.demo()
+    model = _model(DEMO)
     dataset = ActivationDataset.from_texts(
         model, python_texts(), 2, "residual", context_length=128, max_samples=arguments.tokens
     )
@@ -168,6 +168,7 @@ def _needed(arguments: Namespace, *names: str) -> None:
 
 
 def _model(name: str) -> InterpretableModel:
+    print(f"loading {name}", flush=True)  # takes seconds
     return InterpretableModel.demo() if name == DEMO else InterpretableModel(name)
 
 
