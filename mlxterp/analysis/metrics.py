@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlxterp.sae.circuits.behavior.targets import token_id
+from mlxterp.sae.circuits.behavior.targets import row_by_row, token_id
 from mlxterp.sae.source import ActivationSource
 
 Token = str | int
@@ -62,7 +62,7 @@ def find_metric(
         if not callable(metric):
             raise ValueError(f"metric must be a name or a function of logits, got {metric!r}.")
         name = getattr(metric, "__name__", "metric")
-        return Metric("function", name, _row_by_row(metric), whole=True)
+        return Metric("function", name, row_by_row(metric), whole=True)
     if metric not in METRICS:
         raise ValueError(
             f"metric must be one of {', '.join(METRICS)}, or a function, got {metric!r}."
@@ -103,18 +103,6 @@ def _probability(token: int) -> Measure:
 def _difference(right: int, wrong: int) -> Measure:
     def measure(logits: mx.array) -> mx.array:
         return logits[:, right].astype(mx.float32) - logits[:, wrong].astype(mx.float32)
-
-    return measure
-
-
-def _row_by_row(function: Measure) -> Measure:
-    def measure(logits: mx.array) -> mx.array:
-        values = [function(logits[i : i + 1]) for i in range(len(logits))]
-        for value in values:
-            if not isinstance(value, mx.array) or value.size != 1:
-                what = f"shape {value.shape}" if isinstance(value, mx.array) else repr(value)
-                raise ValueError(f"metric(logits) must return an array of one number, got {what}.")
-        return mx.stack([value.reshape(()).astype(mx.float32) for value in values])
 
     return measure
 

@@ -168,8 +168,11 @@ class BaseSAE(CoderMethods):
         return model_card(self, repo, **options)
 
     def export(self, format: str, path: str | Path) -> Path:
-        """Write the coder as a file of another library, `"saelens"` or `"sparsify"`, and return its
-        path; raises `ValueError` for what that cannot express."""
+        """Write the coder as a file of another library, such as `"saelens"`, and return its path.
+
+        Raises `ValueError` for a format that is not written, listing those that are, and for what
+        the format cannot express.
+        """
         from mlxterp.sae.formats.writing import write_foreign
 
         rates = self.statistics.firing_rates

@@ -87,14 +87,21 @@ def _of_feature(
 
 
 def _of_logits(source: ActivationSource, metric: Metric) -> Callable[[mx.array, Edits], mx.array]:
-    def measure(tokens: mx.array, edits: Edits) -> mx.array:
-        logits = source.run(tokens, edit=edits).output
-        found = [metric(logits[i : i + 1]) for i in range(len(logits))]
-        for value in found:
+    of_rows = row_by_row(metric)
+    return lambda tokens, edits: of_rows(source.run(tokens, edit=edits).output)
+
+
+def row_by_row(metric: Metric) -> Callable[[mx.array], mx.array]:
+    """The metric of each row of logits `[B, S, vocab]`, `[B]`; the metric is given one row at a
+    time and must return an array of one number, else a `ValueError` says what it did."""
+
+    def measure(logits: mx.array) -> mx.array:
+        values = [metric(logits[i : i + 1]) for i in range(len(logits))]
+        for value in values:
             if not isinstance(value, mx.array) or value.size != 1:
                 what = f"shape {value.shape}" if isinstance(value, mx.array) else repr(value)
                 raise ValueError(f"metric(logits) must return an array of one number, got {what}.")
-        return mx.stack([value.reshape(()).astype(mx.float32) for value in found])
+        return mx.stack([value.reshape(()).astype(mx.float32) for value in values])
 
     return measure
 
